@@ -1,0 +1,177 @@
+"""unspool turns a language model into text.
+
+    import unspool
+
+    model, tokenizer = unspool.load("path/to/checkpoint")
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=50)
+    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+The public names are those of transformers' generation API, importable from here. Each one is loaded when it is first
+asked for, so `import unspool` by itself imports nothing else, not even torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. The imports for type checkers below say the same; a test compares the two.
+_HOMES: dict[str, tuple[str, ...]] = {
+    "unspool.hub": ("AutoModelForCausalLM", "AutoTokenizer", "load"),
+    "unspool.config": (
+        "CompileConfig",
+        "GenerationConfig",
+        "GenerationMode",
+        "SynthIDTextWatermarkingConfig",
+        "WatermarkingConfig",
+    ),
+    "unspool.generate": ("GenerationMixin",),
+    "unspool.generate.outputs": ("GenerateDecoderOnlyOutput",),
+    "unspool.cache": ("PastKeyValues",),
+    "unspool.tokenization": ("BatchEncoding", "Tokenizer"),
+    "unspool.logits": (
+        "EncoderNoRepeatNGramLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "LogitsProcessor",
+        "LogitsProcessorList",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "MinPLogitsWarper",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "PrefixConstrainedLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopHLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    ),
+    "unspool.stopping": (
+        "ConfidenceCriteria",
+        "EosTokenCriteria",
+        "MaxLengthCriteria",
+        "MaxTimeCriteria",
+        "StopStringCriteria",
+        "StoppingCriteria",
+        "StoppingCriteriaList",
+    ),
+    "unspool.streaming": (
+        "AsyncTextIteratorStreamer",
+        "BaseStreamer",
+        "TextIteratorStreamer",
+        "TextStreamer",
+    ),
+    "unspool.errors": (
+        "CacheFull",
+        "CheckpointError",
+        "NonFiniteLogits",
+        "OutOfMemory",
+        "RequestFailed",
+        "UnspoolError",
+        "Unsupported",
+    ),
+}
+
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    module = _HOME_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'unspool' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from unspool.cache import PastKeyValues as PastKeyValues
+    from unspool.config import (
+        CompileConfig as CompileConfig,
+        GenerationConfig as GenerationConfig,
+        GenerationMode as GenerationMode,
+        SynthIDTextWatermarkingConfig as SynthIDTextWatermarkingConfig,
+        WatermarkingConfig as WatermarkingConfig,
+    )
+    from unspool.errors import (
+        CacheFull as CacheFull,
+        CheckpointError as CheckpointError,
+        NonFiniteLogits as NonFiniteLogits,
+        OutOfMemory as OutOfMemory,
+        RequestFailed as RequestFailed,
+        UnspoolError as UnspoolError,
+        Unsupported as Unsupported,
+    )
+    from unspool.generate import GenerationMixin as GenerationMixin
+    from unspool.generate.outputs import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
+    from unspool.hub import (
+        AutoModelForCausalLM as AutoModelForCausalLM,
+        AutoTokenizer as AutoTokenizer,
+        load as load,
+    )
+    from unspool.logits import (
+        EncoderNoRepeatNGramLogitsProcessor as EncoderNoRepeatNGramLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor as EncoderRepetitionPenaltyLogitsProcessor,
+        EpsilonLogitsWarper as EpsilonLogitsWarper,
+        EtaLogitsWarper as EtaLogitsWarper,
+        ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty,
+        ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor,
+        ForcedEOSTokenLogitsProcessor as ForcedEOSTokenLogitsProcessor,
+        InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor,
+        LogitNormalization as LogitNormalization,
+        LogitsProcessor as LogitsProcessor,
+        LogitsProcessorList as LogitsProcessorList,
+        MinLengthLogitsProcessor as MinLengthLogitsProcessor,
+        MinNewTokensLengthLogitsProcessor as MinNewTokensLengthLogitsProcessor,
+        MinPLogitsWarper as MinPLogitsWarper,
+        NoBadWordsLogitsProcessor as NoBadWordsLogitsProcessor,
+        NoRepeatNGramLogitsProcessor as NoRepeatNGramLogitsProcessor,
+        PrefixConstrainedLogitsProcessor as PrefixConstrainedLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor as RepetitionPenaltyLogitsProcessor,
+        SequenceBiasLogitsProcessor as SequenceBiasLogitsProcessor,
+        SuppressTokensAtBeginLogitsProcessor as SuppressTokensAtBeginLogitsProcessor,
+        SuppressTokensLogitsProcessor as SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper as TemperatureLogitsWarper,
+        TopHLogitsWarper as TopHLogitsWarper,
+        TopKLogitsWarper as TopKLogitsWarper,
+        TopPLogitsWarper as TopPLogitsWarper,
+        TypicalLogitsWarper as TypicalLogitsWarper,
+    )
+    from unspool.stopping import (
+        ConfidenceCriteria as ConfidenceCriteria,
+        EosTokenCriteria as EosTokenCriteria,
+        MaxLengthCriteria as MaxLengthCriteria,
+        MaxTimeCriteria as MaxTimeCriteria,
+        StoppingCriteria as StoppingCriteria,
+        StoppingCriteriaList as StoppingCriteriaList,
+        StopStringCriteria as StopStringCriteria,
+    )
+    from unspool.streaming import (
+        AsyncTextIteratorStreamer as AsyncTextIteratorStreamer,
+        BaseStreamer as BaseStreamer,
+        TextIteratorStreamer as TextIteratorStreamer,
+        TextStreamer as TextStreamer,
+    )
+    from unspool.tokenization import BatchEncoding as BatchEncoding, Tokenizer as Tokenizer

@@ -1,0 +1,12 @@
+"""Where keys and values live: block ids and references (`blocks`), layer groups and their sizes (`layout`),
+the paged store (`paged`) and what `generate()` hands back for a follow-up turn (`past`).
+
+How attention reads them is the attention room's business; who gets them is the scheduler's.
+"""
+
+from unspool.cache.blocks import Blocks
+from unspool.cache.layout import LayerGroup
+from unspool.cache.paged import PagedStore
+from unspool.cache.past import PastKeyValues
+
+__all__ = ["Blocks", "LayerGroup", "PagedStore", "PastKeyValues"]

@@ -1,0 +1,93 @@
+"""Block ids: which are free, and how many rows refer to each. Plain integers, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class Blocks:
+    """An allocator of `count` numbered blocks with reference counts.
+
+    It hands out consecutive ids where it can, since a row whose blocks form one run can be read without gathering.
+    Free ids are kept as maximal intervals, so that finding a run and joining neighbours cost a dictionary access each.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.free = count
+        self._references = [0] * count
+        self._length_at = {0: count} if count else {}  # first id of a free interval -> its length
+        self._start_of = {count: 0} if count else {}  # one past a free interval -> its first id
+
+    def references(self, block: int) -> int:
+        """How many rows refer to `block`; 0 when it is free."""
+        return self._references[block]
+
+    def take(self, count: int, after: int | None = None) -> list[int] | None:
+        """Take `count` blocks with one reference each, or nothing (`None`) when fewer are free.
+
+        Args:
+            count: how many.
+            after: a block the caller already has; ids that continue it are preferred.
+        """
+        if count > self.free:
+            return None
+        taken: list[int] = []
+        if after is not None and after + 1 in self._length_at:
+            taken += self._carve(after + 1, count)
+        while len(taken) < count:
+            need = count - len(taken)
+            fitting = (start for start, length in self._length_at.items() if length >= need)
+            start = next(fitting, None)
+            if start is None:  # no run is long enough: the longest ones first
+                start = max(self._length_at, key=self._length_at.__getitem__)
+            taken += self._carve(start, need)
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add one reference to each of `blocks`, which must be in use."""
+        for block in blocks:
+            assert self._references[block] > 0, f"block {block} is free"
+            self._references[block] += 1
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Take one reference from each of `blocks`; those left without one are free again."""
+        for block in blocks:
+            assert self._references[block] > 0, f"block {block} is free already"
+            self._references[block] -= 1
+            if not self._references[block]:
+                self._release(block)
+
+    def _carve(self, start: int, count: int) -> list[int]:
+        """Take up to `count` ids from the free interval that begins at `start`."""
+        length = self._length_at.pop(start)
+        taken = min(length, count)
+        if taken < length:
+            self._length_at[start + taken] = length - taken
+            self._start_of[start + length] = start + taken
+        else:
+            del self._start_of[start + length]
+        self.free -= taken
+        for block in range(start, start + taken):
+            self._references[block] = 1
+        return list(range(start, start + taken))
+
+    def _release(self, block: int) -> None:
+        """Make one id free and join it with the free intervals beside it."""
+        start, length = block, 1
+        if block in self._start_of:
+            start = self._start_of.pop(block)
+            length += self._length_at.pop(start)
+        if block + 1 in self._length_at:
+            behind = self._length_at.pop(block + 1)
+            del self._start_of[block + 1 + behind]
+            length += behind
+        self._length_at[start] = length
+        self._start_of[start + length] = start
+        self.free += 1
+
+
+def run_start(blocks: list[int]) -> int | None:
+    """First id when `blocks` are consecutive and ascending, else `None`."""
+    first = blocks[0] if blocks else 0
+    return first if blocks == list(range(first, first + len(blocks))) else None

@@ -1,0 +1,245 @@
+"""The paged store: keys and values of many rows, in blocks of slots that rows refer to by table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unspool.cache.blocks import Blocks, run_start
+from unspool.cache.layout import LayerGroup
+from unspool.errors import CacheFull, OutOfMemory
+
+BLOCK_SIZE = 16
+
+
+class Row(Protocol):
+    """What the store keeps of a row: how many tokens are stored, and in which blocks, per layer group."""
+
+    computed: int
+    blocks: list[list[int]]
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU, pages cost memory only once they are written (calloc), so room may be asked for generously."""
+    if device.type == "cpu":
+        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def refuse_if_too_large(size: int, device: torch.device) -> None:
+    """Raise `OutOfMemory` when `size` bytes can never fit on `device`.
+
+    A CPU would promise the memory and end the process later, so it is compared with what the machine has.
+    """
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if size > have:
+        raise OutOfMemory(
+            f"keys and values need {size / 2**30:.1f} GiB and {device} has {have / 2**30:.1f} GiB; "
+            "lower max_new_tokens (or max_length), the number of prompts or num_return_sequences"
+        )
+
+
+class PagedStore:
+    """Keys and values of one model for any number of rows.
+
+    Each layer has one pool of keys and one of values, `[slots, kv_heads, head_dim]`; block `b` is the slots
+    `[b * block_size, (b + 1) * block_size)`. Layers of one group share the rows' block tables. Full blocks may be
+    shared by several rows; a shared block that is about to be written is copied first.
+
+    Args:
+        groups: the model's layer groups.
+        blocks: how many blocks each group gets.
+        dtype, device: of the pools.
+        block_size: tokens in a block.
+
+    Raises:
+        OutOfMemory: the pools do not fit on the device.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[LayerGroup, ...],
+        blocks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        per_token = sum(group.bytes_per_token(dtype.itemsize) for group in groups)
+        refuse_if_too_large(per_token * blocks * block_size, device)
+        self.groups = groups
+        self.block_size = block_size
+        self.blocks = [Blocks(blocks) for _ in groups]
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.group_of: dict[int, int] = {}
+        for index, group in enumerate(groups):
+            for layer in group.layers:
+                shape = (blocks * block_size, group.kv_heads, group.head_dim)
+                self.keys[layer] = allocate(shape, dtype, device)
+                self.values[layer] = allocate(shape, dtype, device)
+                self.group_of[layer] = index
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens of one row need."""
+        return -(-tokens // self.block_size)
+
+    def reserve(self, row: Row, tokens: int) -> None:
+        """Give `row` room for `tokens` tokens at once, as one run where there is one.
+
+        Raises:
+            CacheFull: not enough blocks are free; the row is left as it was.
+        """
+        if not self._grow(row, tokens):
+            raise CacheFull(f"a row of {tokens} tokens needs more blocks than are free")
+
+    def extend(self, row: Row, tokens: int) -> bool:
+        """Make the next `tokens` positions of `row` writable; `False`, with nothing changed, when blocks run out."""
+        first = row.computed // self.block_size
+        for index, pool in enumerate(self.blocks):
+            table = row.blocks[index] if row.blocks else []
+            missing = max(0, self.blocks_for(row.computed + tokens) - len(table))
+            shared = sum(pool.references(block) > 1 for block in table[first:])
+            if missing + shared > pool.free:
+                return False
+        self._grow(row, row.computed + tokens)
+        self._own(row, first)
+        return True
+
+    def truncate(self, row: Row, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens of `row`; blocks it no longer needs are dropped."""
+        row.computed = min(row.computed, tokens)
+        for pool, table in zip(self.blocks, row.blocks, strict=True):
+            keep = self.blocks_for(row.computed)
+            pool.drop(table[keep:])
+            del table[keep:]
+
+    def share(self, source: Row, target: Row) -> None:
+        """Let `target`, which has no blocks, refer to all blocks of `source`."""
+        assert not any(target.blocks), "the target holds blocks"
+        used = self.blocks_for(source.computed)
+        target.blocks = [list(table[:used]) for table in source.blocks]
+        target.computed = source.computed
+        for pool, table in zip(self.blocks, target.blocks, strict=True):
+            pool.share(table)
+
+    def copy(self, source: Row, targets: Iterable[Row]) -> None:
+        """Copy the stored tokens of `source` into blocks that `targets` already hold."""
+        for target in targets:
+            for index, group in enumerate(self.groups):
+                used = self.blocks_for(source.computed)
+                self._copy_blocks(group, source.blocks[index][:used], target.blocks[index][:used])
+            target.computed = source.computed
+
+    def compact(self, live: Sequence[Row], ended: Sequence[Row]) -> None:
+        """Move live rows into lower blocks that ended rows held, so that the live ones lie side by side again.
+
+        Rows must have been reserved alike. What the ended rows had stored is given up; they keep the exchanged blocks.
+        """
+        by_place = sorted([*live, *ended], key=lambda row: row.blocks[0][0])
+        gone = {id(row) for row in ended}
+        holes = [row for row in by_place[: len(live)] if id(row) in gone]
+        movers = [row for row in by_place[len(live) :] if id(row) not in gone]
+        for hole, mover in zip(holes, movers, strict=True):
+            used = self.blocks_for(mover.computed)
+            if used > len(hole.blocks[0]):
+                continue
+            for index, group in enumerate(self.groups):
+                self._copy_blocks(group, mover.blocks[index][:used], hole.blocks[index][:used])
+            hole.blocks, mover.blocks = mover.blocks, hole.blocks
+
+    def adopt(self, row: Row, other: PagedStore, source: Row, tokens: int) -> None:
+        """Copy the first `tokens` stored tokens of `source`, a row of an `other` store, into the reserved `row`."""
+        assert self.block_size == other.block_size
+        used = self.blocks_for(tokens)
+        for index, group in enumerate(self.groups):
+            ours, theirs = row.blocks[index][:used], source.blocks[index][:used]
+            for layer in group.layers:
+                for pool, old in ((self.keys[layer], other.keys[layer]), (self.values[layer], other.values[layer])):
+                    self._by_block(pool)[ours] = other._by_block(old)[theirs].to(pool.device, pool.dtype)
+        row.computed = tokens
+
+    def enlarge(self, rows: Sequence[Row], tokens: int) -> None:
+        """Lay all of the store's rows out anew, each with room for `tokens` tokens, keeping order and contents.
+
+        Works layer by layer, so that memory for one layer is all it needs besides the larger store.
+
+        Raises:
+            OutOfMemory: the larger store does not fit on the device.
+        """
+        need = self.blocks_for(tokens)
+        element = next(iter(self.keys.values()))
+        per_token = sum(group.bytes_per_token(element.dtype.itemsize) for group in self.groups)
+        refuse_if_too_large(per_token * len(rows) * need * self.block_size, element.device)
+        order = sorted(rows, key=lambda row: row.blocks[0][0])
+        tables = [list(range(i * need, (i + 1) * need)) for i in range(len(order))]
+        for index, group in enumerate(self.groups):
+            for layer in group.layers:
+                for pools in (self.keys, self.values):
+                    old = pools[layer]
+                    new = allocate((len(order) * need * self.block_size, *old.shape[1:]), old.dtype, old.device)
+                    for row, table in zip(order, tables, strict=True):
+                        used = self.blocks_for(row.computed)
+                        self._by_block(new)[table[:used]] = self._by_block(old)[row.blocks[index][:used]]
+                    pools[layer] = new
+            self.blocks[index] = Blocks(len(order) * need)
+            self.blocks[index].take(len(order) * need)
+        for row, table in zip(order, tables, strict=True):
+            row.blocks = [list(table) for _ in self.groups]
+
+    def release(self, row: Row) -> None:
+        """Drop every block of `row`."""
+        for index, table in enumerate(row.blocks):
+            self.blocks[index].drop(table)
+        row.blocks = []
+
+    def _grow(self, row: Row, tokens: int) -> bool:
+        if not row.blocks:
+            row.blocks = [[] for _ in self.groups]
+        need = self.blocks_for(tokens)
+        if any(need - len(table) > pool.free for pool, table in zip(self.blocks, row.blocks, strict=True)):
+            return False
+        for pool, table in zip(self.blocks, row.blocks, strict=True):
+            if need > len(table):
+                taken = pool.take(need - len(table), after=table[-1] if table else None)
+                assert taken is not None
+                table += taken
+        return True
+
+    def _own(self, row: Row, first: int) -> None:
+        """Copy the blocks of `row` from index `first` on that other rows refer to as well."""
+        for index, (pool, table) in enumerate(zip(self.blocks, row.blocks, strict=True)):
+            for i in range(first, len(table)):
+                if pool.references(table[i]) > 1:
+                    taken = pool.take(1, after=table[i - 1] if i else None)
+                    assert taken is not None
+                    self._copy_blocks(self.groups[index], [table[i]], taken)
+                    pool.drop([table[i]])
+                    table[i] = taken[0]
+
+    def _copy_blocks(self, group: LayerGroup, source: list[int], target: list[int]) -> None:
+        if not source:
+            return
+        one_run = run_start(source) is not None and run_start(target) is not None
+        for layer in group.layers:
+            for pool in (self.keys[layer], self.values[layer]):
+                by_block = self._by_block(pool)
+                if one_run:
+                    by_block[target[0] : target[-1] + 1] = by_block[source[0] : source[-1] + 1]
+                else:
+                    by_block[target] = by_block[source]
+
+    def _by_block(self, pool: Tensor) -> Tensor:
+        """`pool` as `[blocks, block_size, kv_heads, head_dim]`."""
+        return pool.view(-1, self.block_size, *pool.shape[1:])

@@ -1,0 +1,111 @@
+"""The commands and their help. A command reads its options and returns its work, which runs outside typer.
+
+typer turns Ctrl-C, a closed pipe and the end of the input into errors of its own; the work must see them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from unspool.cli.options import split, with_shared_options
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Text from language models: the built-in storyteller, a checkpoint folder, or an id on the Hugging Face Hub.",
+    epilog="Try: unspool generate 'Once upon a time'",
+)
+
+Work = Callable[[], None]
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", metavar="PATH_OR_ID", help="Built-in name, folder or Hub id.", rich_help_panel="Model"
+    ),
+]
+
+
+def _flag(*names: str, help: str, **more: Any) -> Any:
+    """A switch, shown without typer's `<bool>`."""
+    return typer.Option(*names, help=help, metavar="", show_default=False, **more)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from unspool import __version__
+
+        print(f"unspool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, _flag("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@with_shared_options
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="How the text begins; - or nothing reads stdin.")
+    ] = None,
+    model: Model = "storyteller",
+    chat: Annotated[bool, _flag("--chat", help="Ask it as a question, by the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, with --chat.")] = None,
+    no_echo: Annotated[bool, _flag("--no-echo", help="Print only what follows the prompt.")] = False,
+    no_stream: Annotated[bool, _flag("--no-stream", help="Print the text at the end, at once.")] = False,
+    as_json: Annotated[bool, _flag("--json", help="Print one JSON object instead of text.")] = False,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No closing line on stderr.")] = False,
+    **options: Any,
+) -> Work:
+    """Continue a text.
+
+    The text goes to stdout as it is made. A closing line on stderr gives tokens, tokens/s, and time to first token.
+    """
+    from unspool.cli.generate import Request, run
+
+    chosen, settings = split(model, options)
+    return partial(run, Request(prompt, chosen, settings, chat, system, not no_echo, not no_stream, as_json, quiet))
+
+
+@app.command()
+@with_shared_options
+def chat(
+    model: Model = "storyteller",
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="No figures after each answer.")] = False,
+    **options: Any,
+) -> Work:
+    """Talk with a model.
+
+    Ctrl-C stops the answer, Ctrl-D ends the talk; /reset forgets what was said. With piped input each line is one turn.
+    """
+    from unspool.cli.chat import run
+
+    chosen, settings = split(model, options)
+    return partial(run, chosen, settings, system, quiet)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Built-in name, folder or Hub id.")] = "storyteller",
+    revision: Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub.")] = None,
+    offline: Annotated[bool, _flag("--offline", help="Use only what was downloaded before.")] = False,
+    everything: Annotated[bool, _flag("--all", help="Every generation setting and where it comes from.")] = False,
+    as_json: Annotated[bool, _flag("--json", help="Print one JSON object.")] = False,
+) -> Work:
+    """Show what a model is and needs; reads no weights."""
+    from unspool.cli.info import run
+
+    return partial(run, model, revision, offline, everything, as_json)

@@ -1,0 +1,147 @@
+"""Greedy and multinomial choice for rows that advance in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Items
+
+import torch
+from torch import Tensor
+
+from unspool.decode.sequence import Choice, Sequence
+from unspool.logits import LogitsProcessorList
+
+Noise = Callable[[Items[Sequence], int], Tensor]
+"""`(rows, vocab) -> [rows, vocab]` of exponential noise."""
+
+
+class Rectangle:
+    """The padded columns that processors and criteria see: prompts filled on the left, outputs appended.
+
+    Attributes:
+        width: columns filled so far.
+        filler: what stands in the columns of rows that ended.
+    """
+
+    def __init__(self, prompts: Tensor, capacity: int, filler: int) -> None:
+        """`prompts` `[rows, columns]`; room for `capacity` columns; rows that ended are filled with `filler`."""
+        self.width = prompts.shape[1]
+        self.filler = filler
+        self._ids = torch.full((prompts.shape[0], max(capacity, self.width)), filler, device=prompts.device)
+        self._ids[:, : self.width] = prompts
+
+    def ids(self, rows: Tensor | None = None) -> Tensor:
+        """`[rows, width]`, a contiguous copy for the given row numbers, or for all."""
+        ids = self._ids[:, : self.width]
+        return ids.contiguous() if rows is None else ids[rows]
+
+    def append(self, tokens: Tensor, rows: Tensor | None = None) -> None:
+        """Add one column: `tokens` at the given row numbers (default all), the filler elsewhere."""
+        if rows is None:
+            self._ids[:, self.width] = tokens
+        else:
+            self._ids[rows, self.width] = tokens
+        self.width += 1
+
+
+class GlobalNoise:
+    """Draws from torch's global generator as `torch.multinomial` would for the whole rectangle.
+
+    The numbers a row gets depend on its place in the rectangle and not on which rows are still alive, so rows that
+    ended need no logits to keep `torch.manual_seed` giving transformers' text.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows = rows
+        self._device = device
+
+    def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
+        """Exponential noise `[len(rows), vocab]`."""
+        noise = torch.empty(self._rows, vocab, device=self._device).exponential_(1)
+        if len(rows) == self._rows:
+            return noise
+        return noise[torch.tensor([row.row for row in rows], device=self._device)]
+
+
+class SeededNoise:
+    """Draws from a counter keyed by (seed, row, position): the same whatever else is in the batch, and in which order.
+
+    Philox-like generators of the device are seeded per row and step; only the row's own key decides its numbers.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._generator = torch.Generator(device=device)
+
+    def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
+        """Exponential noise `[len(rows), vocab]`."""
+        noise = torch.empty(len(rows), vocab, device=self._generator.device)
+        for row, out in zip(rows, noise, strict=True):
+            self._generator.manual_seed(key(self._seed, row.row, row.known))
+            out.exponential_(1, generator=self._generator)
+        return noise
+
+
+def key(seed: int, sample: int, position: int) -> int:
+    """A 63-bit key from (seed, sample, position), by the splitmix64 finaliser (Steele et al., 2014)."""
+    mask = (1 << 64) - 1
+    state = seed & mask
+    for part in (sample, position):
+        state = (state + 0x9E3779B97F4A7C15 + part) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+class SampleChooser:
+    """Greedy (`noise=None`) or multinomial choice.
+
+    Sampling takes the largest of `p / e` with exponential noise `e`, which is what `torch.multinomial(p, 1)` computes,
+    without its synchronisation with the host.
+
+    Args:
+        history: the columns that `process` sees; this chooser appends to them.
+        process: logits processors, or `None` when there are none.
+        reads_history: `process` needs the columns' contents.
+        noise: where sampling noise comes from; `None` chooses greedily.
+        keep_scores, keep_logits: hand the processed scores, the raw logits on with the choice.
+    """
+
+    def __init__(
+        self,
+        history: Rectangle,
+        process: LogitsProcessorList | None,
+        noise: Noise | None,
+        *,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+    ) -> None:
+        self.history = history
+        self._process = process
+        self._noise = noise
+        self._keep_scores = keep_scores
+        self._keep_logits = keep_logits
+        self._rows = history.ids().shape[0]
+
+    def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
+        """Decide one token for each of `rows` from `logits` `[rows, vocab]`; see `Chooser`."""
+        places = None if len(rows) == self._rows else torch.tensor([row.row for row in rows], device=logits.device)
+        scores = logits.float()
+        raw = (scores.clone() if self._process else scores) if self._keep_logits else None
+        if self._process is not None:
+            ids = self.history.ids(places)
+            scores = self._process(ids, scores) if places is None else self._process.on_rows(ids, scores, places)
+        if self._noise is None:
+            tokens = scores.argmax(dim=-1)
+            value = scores.gather(1, tokens[:, None])[:, 0]
+            fine = ~value.isnan()
+        else:
+            ratio = scores.softmax(dim=-1).div_(self._noise(rows, scores.shape[1]))
+            tokens = ratio.argmax(dim=-1)
+            value = ratio.gather(1, tokens[:, None])[:, 0]
+            fine = value.isfinite() & (value > 0)
+        ended = [row.finish is not None for row in rows]
+        if any(ended):
+            tokens = tokens.masked_fill(torch.tensor(ended, device=tokens.device), self.history.filler)
+        self.history.append(tokens, places)
+        return Choice(tokens.where(fine, -1), scores if self._keep_scores else None, raw)

@@ -1,0 +1,75 @@
+"""What to feed next: the scheduler's seam, and the static plan behind `generate()`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from unspool.cache.paged import PagedStore
+from unspool.decode.sequence import Group, Sequence, Work
+
+
+class Scheduler(Protocol):
+    """Decides each step's work."""
+
+    def plan(self) -> list[Work]:
+        """The rows to feed in the next step; empty when nothing is left to do."""
+        ...
+
+
+class StaticScheduler:
+    """All rows of one group in step with each other: prompts in chunks, ending together, then one token each.
+
+    Chunks are cut from the right end of the longest prompt, as if the rows were padded on the left, so that every row's
+    last chunk falls into the same step and the first tokens of all rows are chosen at once. Work is ordered by where
+    the rows lie in the store, so that attention finds neighbours side by side.
+
+    Args:
+        group: the rows, with their blocks reserved.
+        store: where they lie.
+        chunk: most columns of prompt in one step; `None` takes the prompts whole.
+        leaders: the rows to compute in the prompt's steps, where several rows share a prompt; default all.
+        keep_finished: go on feeding rows that ended until all have, for callers that need every row in every step.
+        keep_stored: leave the keys and values of rows that ended alone.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        store: PagedStore,
+        *,
+        chunk: int | None = None,
+        leaders: list[Sequence] | None = None,
+        keep_finished: bool = False,
+        keep_stored: bool = False,
+    ) -> None:
+        self._store = store
+        self._keep_finished = keep_finished
+        self._keep_stored = keep_stored
+        self._rows = sorted(group.rows, key=_place)
+        self._leaders = self._rows if leaders is None else sorted(leaders, key=_place)
+        self._left = max(row.known - row.computed for row in self._leaders)
+        self._chunk = self._left if chunk is None else chunk
+
+    def plan(self) -> list[Work]:
+        """Chunks of every prompt that has columns in this stretch, or the next token of every live row."""
+        if self._left:
+            return self._prompt_chunk()
+        live = [row for row in self._rows if row.finish is None]
+        if len(live) == len(self._rows) or (self._keep_finished and live):
+            return [Work(row, 1, 1) for row in self._rows]
+        if live and not self._keep_stored:
+            self._store.compact(live, [row for row in self._rows if row.finish is not None])
+            live.sort(key=_place)
+        self._rows = live
+        return [Work(row, 1, 1) for row in live]
+
+    def _prompt_chunk(self) -> list[Work]:
+        self._left = max(0, self._left - self._chunk)
+        keep = int(self._left == 0)
+        feeds = ((row, row.known - row.computed - self._left) for row in self._leaders)
+        return [Work(row, feed, keep) for row, feed in feeds if feed > 0]
+
+
+def _place(row: Sequence) -> int:
+    """First block of a row: where it lies in the store."""
+    return row.blocks[0][0]

@@ -1,0 +1,264 @@
+"""The public method: settings merged, inputs read, processors and criteria made, and the call run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Items
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unspool.cache import PastKeyValues
+from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
+from unspool.errors import Unsupported
+from unspool.generate.inputs import Prompts, read_prompts
+from unspool.generate.outputs import GenerateDecoderOnlyOutput
+from unspool.generate.recorder import Limits, Stream
+from unspool.generate.scores import compute_transition_scores
+from unspool.generate.static import StaticCall
+from unspool.logits import build_processors
+from unspool.models.base import Model
+from unspool.stopping import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    build_criteria,
+)
+
+PrefixFn = Callable[[int, Tensor], list[int]]
+
+
+class GenerationMixin:
+    """Gives a native model its `generate()`; see `unspool.load`.
+
+    Attributes:
+        generation_config: the model's own defaults, from its `generation_config.json`.
+    """
+
+    generation_config: GenerationConfig
+
+    def generate(
+        self,
+        inputs: Tensor | list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Items[Any] | None = None,
+        stopping_criteria: Items[Any] | None = None,
+        prefix_allowed_tokens_fn: PrefixFn | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        streamer: Any = None,
+        negative_prompt_ids: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        custom_generate: str | Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Continue prompts: greedily, or by sampling with `do_sample=True`.
+
+        Args:
+            inputs: prompts, `[rows, columns]` token ids; also as `input_ids=`. Lists of ids of any lengths are taken
+                too. Without any, the model's beginning-of-text token starts one row.
+            generation_config: settings for this call; what it leaves open comes from the model's own.
+            logits_processor: processors of your own, run with the configured ones.
+            stopping_criteria: criteria of your own, asked with the configured ones.
+            prefix_allowed_tokens_fn: `(row, tokens so far) -> allowed token ids` for every step.
+            streamer: gets the prompt, then every step's tokens, then `end()`; when the call fails, `fail(error)`.
+            kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
+                `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
+                `tokenizer` (for `stop_strings`).
+
+        Returns:
+            `[rows * num_return_sequences, columns]` int64 ids, prompts included, or a `GenerateDecoderOnlyOutput` with
+            `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be right, before any work is done.
+            Unsupported: a mode this version does not have.
+            OutOfMemory: the keys and values do not fit.
+            NonFiniteLogits: the model gave NaN for a row.
+
+        Source: `GenerationMixin.generate` of transformers v5.2.
+        """
+        _refuse(
+            assistant_model=assistant_model,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            custom_generate=custom_generate,
+            synced_gpus=synced_gpus or None,
+        )
+        resolved = resolve(kwargs, generation_config, self.generation_config)
+        arguments = _Arguments(inputs, resolved.unused)
+        try:
+            call = self._prepare(
+                arguments, resolved, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer
+            )
+            result = call.run()
+        except BaseException as error:
+            fail = getattr(streamer, "fail", None)
+            if fail is not None:
+                fail(error)
+            raise
+        if streamer is not None:
+            streamer.end()
+        return result
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Items[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """Score of each generated token; see `unspool.generate.scores.compute_transition_scores`."""
+        return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def _prepare(
+        self,
+        arguments: _Arguments,
+        resolved: Resolved,
+        logits_processor: Items[Any] | None,
+        stopping_criteria: Items[Any] | None,
+        prefix_allowed_tokens_fn: PrefixFn | None,
+        streamer: Any,
+    ) -> StaticCall:
+        """Settle everything that can be wrong before any work is done."""
+        assert isinstance(self, Model), "GenerationMixin goes in front of a native model"
+        config = resolved.config
+        _refuse_modes(config)
+        eos = _ids(config.eos_token_id)
+        pad = config.pad_token_id
+        prompts = read_prompts(
+            arguments.input_ids,
+            arguments.attention_mask,
+            spec=self.spec,
+            device=self.device,
+            bos=config.bos_token_id,
+            pad=pad,
+            eos=eos,
+        )
+        past = _read_past(arguments.past_key_values, prompts)
+        copies = int(config.num_return_sequences or 1)
+        expanded = prompts.expand(copies) if copies > 1 else prompts
+        columns = expanded.rectangle.shape[1]
+        lengths = effective_lengths(
+            resolved,
+            columns,
+            max_positions=self.spec.max_positions,
+            beyond="refuse" if self.spec.hard_limit else "allow" if self.spec.needs_extents else "warn",
+        )
+        config.max_length, config.min_length = lengths.max_length, lengths.min_length
+        processors = build_processors(
+            config,
+            prompt_length=columns,
+            eos_token_id=torch.tensor(eos, device=self.device) if eos else None,
+            device=self.device,
+            custom=logits_processor,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            encoder_input_ids=prompts.rectangle,
+            padding_lengths=expanded.padding(),
+        )
+        filler = pad if pad is not None else eos[0] if eos else 0
+        return StaticCall(
+            model=self,
+            config=config,
+            prompts=expanded,
+            copies=copies,
+            processors=processors,
+            limits=self._limits(config, stopping_criteria, arguments.tokenizer, eos),
+            filler=filler,
+            stream=_open_stream(streamer, expanded),
+            past=past,
+            foreign=bool(logits_processor or stopping_criteria or prefix_allowed_tokens_fn),
+        )
+
+    def _limits(self, config: GenerationConfig, custom: Items[Any] | None, tokenizer: Any, eos: list[int]) -> Limits:
+        """End tokens and widths as numbers the core compares, and the criteria that must be asked."""
+        assert isinstance(self, Model)
+        every = build_criteria(
+            config, custom=custom, tokenizer=tokenizer, max_position_embeddings=self.spec.max_positions
+        )
+        width = min(int(c.max_length) for c in every if isinstance(c, MaxLengthCriteria))
+        asked = [c for c in every if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        ends = frozenset(eos).union(*(c.eos_token_id.tolist() for c in every if isinstance(c, EosTokenCriteria)))
+        return Limits(ends, width, StoppingCriteriaList(asked))
+
+
+class _Arguments:
+    """The keyword arguments that are not settings, each read once; what is left over is a mistake."""
+
+    def __init__(self, inputs: Any, unused: dict[str, Any]) -> None:
+        rest = dict(unused)
+        input_ids = rest.pop("input_ids", None)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("pass the prompts as `inputs` or as `input_ids`, not both")
+        self.input_ids = inputs if input_ids is None else input_ids
+        self.attention_mask = rest.pop("attention_mask", None)
+        self.past_key_values = rest.pop("past_key_values", None)
+        self.tokenizer = rest.pop("tokenizer", None)
+        for name in ("use_model_defaults", "token_type_ids"):  # transformers takes them; they change nothing here
+            rest.pop(name, None)
+        if rest.pop("inputs_embeds", None) is not None:
+            raise Unsupported("inputs_embeds is not supported by native models in this version; pass input_ids")
+        if rest:
+            names = ", ".join(sorted(rest))
+            raise ValueError(f"generate() got arguments it has no use for: {names} (a misspelt setting?)")
+
+
+def _refuse(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise Unsupported(f"generate({name}=...) is not supported in this version")
+
+
+# Settings of modes that are still to come, with the value that leaves them off.
+_MODES: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "guidance_scale": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "watermarking_config": None,
+    "token_healing": False,
+}
+
+
+def _refuse_modes(config: GenerationConfig) -> None:
+    for name, off in _MODES.items():
+        value = getattr(config, name, off)
+        if value not in (off, None):
+            raise Unsupported(f"{name}={value!r} is not supported in this version; leave it at {off!r}")
+
+
+def _ids(value: Any) -> list[int]:
+    """An id, a list of ids or nothing, as a list."""
+    if value is None:
+        return []
+    return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]
+
+
+def _read_past(past: Any, prompts: Prompts) -> PastKeyValues | None:
+    if past is None:
+        return None
+    if not isinstance(past, PastKeyValues):
+        raise TypeError(
+            "past_key_values must come from an earlier generate(return_dict_in_generate=True), "
+            f"not be a {type(past).__name__}"
+        )
+    if len(past) != len(prompts.tokens):
+        raise ValueError(f"past_key_values holds {len(past)} rows and input_ids {len(prompts.tokens)}")
+    return past
+
+
+def _open_stream(streamer: Any, prompts: Prompts) -> Stream | None:
+    """Give the streamer its prompt; streamers that know rows also hear which tokens are news."""
+    if streamer is None:
+        return None
+    ids = prompts.rectangle.cpu()
+    if not getattr(streamer, "row_aware", False):
+        streamer.put(ids)
+        return lambda tokens, live: streamer.put(tokens)
+    streamer.put(ids, mask=prompts.mask.cpu().long())
+    return lambda tokens, live: streamer.put(tokens, live=live)

@@ -1,0 +1,75 @@
+"""What `generate()` returns when asked for more than the tokens."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from unspool.cache import PastKeyValues
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """A dataclass that is also a dictionary and a tuple of its fields that are not `None`.
+
+    `out.sequences`, `out["sequences"]` and `out[0]` are the same; `out.to_tuple()`, `len(out)` and iteration over keys
+    leave out fields that are `None`.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is not None:
+                super().__setitem__(field.name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self:
+            super().__setitem__(name, value)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"fields of {type(self).__name__} cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Values of the fields that are not `None`, in order."""
+        return tuple(super(ModelOutput, self).__getitem__(key) for key in self)
+
+
+@dataclass(eq=False, repr=False)
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """Result of greedy decoding or sampling with a decoder-only model.
+
+    Attributes:
+        sequences: `[rows, columns]` int64, prompts included; rows that ended early are filled up.
+        scores: per step, processed scores `[rows, vocab]` (fp32), with `output_scores=True`.
+        logits: per step, the model's logits `[rows, vocab]` (fp32), with `output_logits=True`.
+        attentions: per step and layer, `[rows, heads, queries, keys]`, with `output_attentions=True`.
+        hidden_states: per step and layer (embeddings first), `[rows, queries, hidden]`, with
+            `output_hidden_states=True`.
+        past_key_values: the stored keys and values, for a follow-up call, with `use_cache=True`.
+        finish_reasons: per row, `"stop"` or `"length"`.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: PastKeyValues | None = None
+    finish_reasons: list[str] | None = None
+
+
+GenerateOutput = GenerateDecoderOnlyOutput

@@ -1,0 +1,168 @@
+"""Where a static call's tokens go: rows, limits, criteria, streamer, and whatever else was asked to be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unspool.decode.choose.sample import Rectangle
+from unspool.decode.sequence import Choice, Sequence, Work
+from unspool.errors import NonFiniteLogits
+from unspool.stopping import StoppingCriteriaList
+
+
+class Stream(Protocol):
+    """A streamer, as far as the recorder drives it."""
+
+    def __call__(self, tokens: Tensor, live: list[bool]) -> None:
+        """Take one step's tokens `[rows]` and which rows they are news for."""
+        ...
+
+
+@dataclass(slots=True)
+class Limits:
+    """When rows end.
+
+    Attributes:
+        eos: end tokens.
+        max_columns: width at which every row ends.
+        criteria: further ones, asked once a step about all rows; may be empty.
+    """
+
+    eos: frozenset[int]
+    max_columns: int
+    criteria: StoppingCriteriaList
+
+
+@dataclass(slots=True)
+class Kept:
+    """Per step, what `return_dict_in_generate` asked for; `None` where it was not."""
+
+    scores: list[Tensor] | None = None
+    logits: list[Tensor] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Recorder:
+    """The sink of a static group (see `decode.sequence.Sink`).
+
+    Attributes:
+        rows: all rows of the call.
+        history: the columns so far.
+        limits: when rows end.
+        stream: the streamer's entrance, or `None`.
+        kept: scores and logits.
+        keep_finished: rows that ended still get fillers as tokens, because they are fed until all have ended.
+        find_fault: names the first layer whose output is not finite for a row, for the error message.
+    """
+
+    rows: list[Sequence]
+    history: Rectangle
+    limits: Limits
+    stream: Stream | None
+    kept: Kept
+    keep_finished: bool
+    find_fault: Callable[[Sequence], str]
+    _columns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._columns = self.history.width
+
+    def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
+        """Append the step's tokens, end rows, stream; raises `NonFiniteLogits` for a row without a choice."""
+        live = [row for row in rows if row.finish is None]
+        self._columns += 1
+        full = self._columns >= self.limits.max_columns
+        for row, token in zip(rows, tokens, strict=True):
+            if row.finish is not None:
+                if self.keep_finished:
+                    row.tokens.append(self.history.filler)
+                continue
+            if token < 0:
+                raise NonFiniteLogits(
+                    f"row {row.row}: no token can be chosen at position {len(row.tokens)}; {self.find_fault(row)}",
+                    row=row.row,
+                )
+            row.tokens.append(token)
+            if token in self.limits.eos:
+                row.finish = "stop"
+            elif full:
+                row.finish = "length"
+        if self.kept.scores is not None and choice.scores is not None:
+            self.kept.scores.append(choice.scores)
+        if self.kept.logits is not None and choice.logits is not None:
+            self.kept.logits.append(choice.logits)
+        if self.limits.criteria:
+            self._ask_criteria(live)
+        if self.stream is not None:
+            self._put(live)
+
+    def _ask_criteria(self, live: list[Sequence]) -> None:
+        scores = None if self.kept.scores is None else tuple(self.kept.scores)
+        done = self.limits.criteria(self.history.ids(), scores).tolist()
+        for row in live:
+            if done[row.row] and row.finish is None:
+                row.finish = "stop"
+
+    def _put(self, live: list[Sequence]) -> None:
+        assert self.stream is not None
+        news = torch.full((len(self.rows),), self.history.filler)
+        flags = [False] * len(self.rows)
+        for row in live:
+            news[row.row] = row.tokens[-1]
+            flags[row.row] = True
+        if any(flags):
+            self.stream(news, flags)
+
+
+class Tracer:
+    """Turns what the loop's watch reports into transformers' shapes, per step and layer.
+
+    Hidden states become `[rows, queries, hidden]` and attentions `[rows, heads, queries, keys]`; a row's true tokens
+    stand at the right end, and what would be padding is zero.
+    """
+
+    def __init__(self, rows: int, heads: bool, hidden: bool) -> None:
+        self.attentions: list[tuple[Tensor, ...]] | None = [] if heads else None
+        self.hidden_states: list[tuple[Tensor, ...]] | None = [] if hidden else None
+        self._rows = rows
+        self._chunks: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+
+    def __call__(self, work: list[Work], weights: list[list[Tensor]], trace: list[Tensor]) -> None:
+        """Take one step's attention weights (per layer, per row) and hidden states (per layer)."""
+        order = [item.seq.row for item in work]
+        feeds = [item.feed for item in work]
+        heads = tuple(self._pad_weights(layer, order) for layer in weights)
+        hidden = tuple(self._pad_hidden(layer, order, feeds) for layer in trace)
+        self._chunks.append((heads, hidden))
+        if not all(item.keep for item in work):
+            return
+        chunks, self._chunks = self._chunks, []
+        if self.attentions is not None:
+            self.attentions.append(tuple(_join_weights(layer) for layer in zip(*(c[0] for c in chunks), strict=True)))
+        if self.hidden_states is not None:
+            self.hidden_states.append(tuple(torch.cat(layer, 1) for layer in zip(*(c[1] for c in chunks), strict=True)))
+
+    def _pad_weights(self, layer: list[Tensor], order: list[int]) -> Tensor:
+        queries = max(row.shape[1] for row in layer)
+        keys = max(row.shape[2] for row in layer)
+        out = layer[0].new_zeros(self._rows, layer[0].shape[0], queries, keys)
+        for number, row in zip(order, layer, strict=True):
+            out[number, :, queries - row.shape[1] :, keys - row.shape[2] :] = row
+        return out
+
+    def _pad_hidden(self, layer: Tensor, order: list[int], feeds: list[int]) -> Tensor:
+        out = layer.new_zeros(self._rows, max(feeds), layer.shape[-1])
+        for number, row in zip(order, torch.split(layer, feeds), strict=True):
+            out[number, out.shape[1] - row.shape[0] :] = row
+        return out
+
+
+def _join_weights(chunks: tuple[Tensor, ...]) -> Tensor:
+    """Chunks of one prompt's attention under each other; later chunks see more keys."""
+    keys = chunks[-1].shape[-1]
+    return torch.cat([torch.nn.functional.pad(chunk, (0, keys - chunk.shape[-1])) for chunk in chunks], dim=2)

@@ -1,0 +1,391 @@
+"""From a name to a model and its tokenizer: built-in models, checkpoint folders, repositories on the Hugging Face Hub.
+
+`load` is the short way. `AutoModelForCausalLM` and `AutoTokenizer` take transformers' arguments. From the Hub only the
+files that are read get downloaded: JSON, chat templates and safetensors; never pickled weights, never code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from unspool.errors import CheckpointError, Unsupported
+
+if TYPE_CHECKING:
+    import torch
+
+    from unspool.generate import GenerationMixin
+    from unspool.models.base import Model
+    from unspool.tokenization import Tokenizer
+    from unspool.types import FileName
+
+    Dtype: TypeAlias = Literal["auto"] | str | torch.dtype
+    Device: TypeAlias = str | torch.device
+
+    class CausalLM(GenerationMixin, Model):
+        """What `load` returns, for type checkers: a native model that has `generate()`."""
+
+        name_or_path: str
+
+
+__all__ = ["BUILT_IN", "AutoModelForCausalLM", "AutoTokenizer", "HubArguments", "load", "locate"]
+
+BUILT_IN: Mapping[str, Path] = {
+    name: Path(__file__).parent / "assets" / name for name in ("storyteller", "storyteller-draft")
+}
+"""Models that come with the package, by name."""
+
+# A Hub id: "name" or "owner/name".
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_INDEX = "model.safetensors.index.json"
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    _INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HubArguments:
+    """How to reach a repository: the arguments that all loading functions share, with their meaning in `load`."""
+
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: FileName | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+
+def load(
+    path_or_id: FileName = "storyteller",
+    dtype: Dtype | None = None,
+    device: Device | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: FileName | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    progress: bool | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> tuple[CausalLM, Tokenizer]:
+    """Load a model and its tokenizer.
+
+        model, tokenizer = unspool.load("HuggingFaceTB/SmolLM2-135M", dtype="bfloat16")
+
+    Args:
+        path_or_id: A built-in model's name (`"storyteller"`, `"storyteller-draft"`), a folder in Hugging Face layout
+            (`config.json`, safetensors, `tokenizer.json`), or a repository on the Hub. A folder that is called like a
+            built-in model is reached as `"./storyteller"`.
+        dtype: Dtype of the weights: `torch.bfloat16`, `"bfloat16"`, … The default, `None` or `"auto"`, keeps the
+            checkpoint's own.
+        device: Where the model lives: `"cpu"`, `"cuda:1"`, … The default is the first CUDA device if there is one, else
+            the CPU.
+        revision: Branch, tag or commit on the Hub; default `main`.
+        subfolder: Folder below `path_or_id` that holds the files.
+        token: Access token for the Hub; `True` takes the stored one, `False` sends none.
+        cache_dir: Where downloads are kept; default is the Hub's own cache.
+        local_files_only: Never touch the network; only what was downloaded before is found.
+        force_download: Download again what is in the cache already.
+        progress: Show a progress bar on stderr; `None` shows one for long loads in a terminal.
+        config_overrides: Entries that replace those of `config.json`, e.g. `{"rope_scaling": {...}}`.
+
+    Returns:
+        The model, ready for `generate()` and in inference mode, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such folder or repository, or it cannot be had without the network.
+        CheckpointError: The files do not make a model: missing or misshapen tensors, a truncated file, an unknown
+            `model_type`, no `tokenizer.json`, pickled weights only.
+        Unsupported: The checkpoint needs something that this version cannot do.
+    """
+    hub = HubArguments(revision, subfolder, token, cache_dir, local_files_only, force_download)
+    folder = locate(path_or_id, weights=True, hub=hub)
+    from unspool.tokenization import Tokenizer
+    from unspool.weights import read_config
+
+    # What is quick comes first: where it fails, no weights were read in vain.
+    read_config(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    device = _default_device() if device is None else device
+    model = _load_model(folder, dtype, device, progress, config_overrides)
+    model.name_or_path = os.fspath(path_or_id)
+    return model, tokenizer
+
+
+class AutoModelForCausalLM:
+    """Loads a model under transformers' name and arguments; `unspool.load` also brings the tokenizer."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoModelForCausalLM has no instances: call AutoModelForCausalLM.from_pretrained(path_or_id)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: FileName,
+        *,
+        dtype: Dtype | None = None,
+        torch_dtype: Dtype | None = None,
+        device_map: Device | Mapping[str, Device] | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: FileName | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
+        quantization_config: object | None = None,
+        attn_implementation: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        use_safetensors: bool | None = None,
+    ) -> CausalLM:
+        """Load the model of a folder, a Hub repository or a built-in name.
+
+        Args:
+            pretrained_model_name_or_path: As `path_or_id` of `unspool.load`.
+            dtype: Dtype of the weights; `None` or `"auto"` keeps the checkpoint's own.
+            torch_dtype: Older name of `dtype`.
+            device_map: `None` or `"cpu"` loads to the CPU (then `model.to("cuda")` works as ever), `"auto"` to the
+                first CUDA device if there is one; a device or `{"": device}` names one. A model is not split over
+                devices.
+            revision: Branch, tag or commit on the Hub; default `main`.
+            subfolder: Folder below the path that holds the files.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            local_files_only: Never touch the network.
+            force_download: Download again what is in the cache already.
+            trust_remote_code: Accepted, and without effect: code from a repository is never run.
+            quantization_config: Not supported yet; anything but `None` is refused.
+            attn_implementation: `"sdpa"`, `"eager"` or `None`, which are one here; others are refused.
+            low_cpu_mem_usage: Accepted, and without effect: loading always streams tensor by tensor.
+            use_safetensors: `False` is refused: no other format is read.
+
+        Raises:
+            TypeError: An argument that is not listed here.
+            ValueError: `dtype` and `torch_dtype` contradict each other, or `attn_implementation` is unknown.
+            Unsupported: A model split over devices, quantisation, pickled weights.
+            FileNotFoundError, CheckpointError: As `unspool.load`.
+        """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} contradict each other; pass dtype alone")
+        if quantization_config is not None:
+            raise Unsupported("quantization_config is not supported yet; leave it out and pass dtype='bfloat16'")
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is not known; leave it out (the device decides)"
+            )
+        if use_safetensors is False:
+            raise Unsupported("use_safetensors=False: only safetensors are read, never pickled weights; leave it out")
+        device = _device_of(device_map)
+        hub = HubArguments(revision, subfolder, token, cache_dir, local_files_only, force_download)
+        folder = locate(pretrained_model_name_or_path, weights=True, hub=hub)
+        model = _load_model(folder, dtype if dtype is not None else torch_dtype, device)
+        model.name_or_path = os.fspath(pretrained_model_name_or_path)
+        return model
+
+
+class AutoTokenizer:
+    """Loads a tokenizer under transformers' name and arguments."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoTokenizer has no instances: call AutoTokenizer.from_pretrained(path_or_id)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: FileName,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: FileName | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        trust_remote_code: bool = False,
+        use_fast: bool = True,
+        **settings: Any,
+    ) -> Tokenizer:
+        """Load the tokenizer of a folder, a Hub repository or a built-in name.
+
+        Args:
+            pretrained_model_name_or_path: As `path_or_id` of `unspool.load`.
+            revision: Branch, tag or commit on the Hub; default `main`.
+            subfolder: Folder below the path that holds the files.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            local_files_only: Never touch the network.
+            force_download: Download again what is in the cache already.
+            trust_remote_code: Accepted, and without effect: code from a repository is never run.
+            use_fast: Accepted, and without effect: there is one kind of tokenizer, the fast one.
+            settings: What `Tokenizer.from_pretrained` takes besides, e.g. `padding_side="right"`.
+
+        Raises:
+            FileNotFoundError, CheckpointError: As `unspool.load`.
+        """
+        from unspool.tokenization import Tokenizer
+
+        hub = HubArguments(revision, subfolder, token, cache_dir, local_files_only, force_download)
+        return Tokenizer.from_pretrained(locate(pretrained_model_name_or_path, hub=hub), **settings)
+
+
+def locate(path_or_id: FileName, *, weights: bool = False, hub: HubArguments | None = None) -> Path:
+    """Folder with a model's files; they are downloaded when `path_or_id` is neither built in nor on this disk.
+
+    Args:
+        path_or_id: A built-in name, a folder or a Hub id; see `load`.
+        weights: Download the weights too, and not only configuration, tokenizer and chat template.
+        hub: How to reach the Hub.
+
+    Raises:
+        FileNotFoundError: No such folder, and no such repository or no way to reach it.
+        NotADirectoryError: A file was named.
+    """
+    hub = hub or HubArguments()
+    name = os.fspath(path_or_id)
+    if isinstance(path_or_id, str) and name in BUILT_IN:
+        return BUILT_IN[name] / hub.subfolder
+    folder = Path(name).expanduser() / hub.subfolder
+    if name and folder.is_dir():  # an empty name is a mistake and not the current folder
+        return folder
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{name!r} is a file: give the folder that holds it, with config.json beside the weights"
+        )
+    if not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(name) or Path(name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {name and os.fspath(folder)!r}, and that cannot be a Hub id ('owner/name')"
+        )
+    return _download(name, weights, hub)
+
+
+def _download(repo: str, weights: bool, hub: HubArguments) -> Path:
+    """Fetch the small files of a repository, then the weights that its index names."""
+    prefix = f"{hub.subfolder.strip('/')}/" if hub.subfolder else ""
+    root = _snapshot(repo, [prefix + name for name in _SMALL_FILES], hub)
+    folder = root / prefix
+    if not weights:
+        return folder
+    names = {"model.safetensors"}
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        # The index is a stranger's file: whatever it names, nothing but safetensors is fetched.
+        names = {str(name) for name in index.get("weight_map", {}).values() if str(name).endswith(".safetensors")}
+    _snapshot(repo, sorted(prefix + name for name in names), hub)
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(
+            f"{repo!r} has no safetensors weights, and pickled ones are not read; look for another revision or a "
+            "repository that has them"
+        )
+    return folder
+
+
+def _snapshot(repo: str, names: list[str], hub: HubArguments) -> Path:
+    """Download the named files; the Hub's many errors become one clear sentence each, all of them `OSError`."""
+    from huggingface_hub import errors, snapshot_download
+
+    revision = f" at revision {hub.revision!r}" if hub.revision else ""
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=hub.revision,
+            cache_dir=None if hub.cache_dir is None else os.fspath(hub.cache_dir),
+            token=hub.token,
+            local_files_only=hub.local_files_only,
+            force_download=hub.force_download,
+            allow_patterns=names,
+        )
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{repo!r} is gated: accept its conditions on its page on the Hub, then pass token= or run `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo!r} has no revision {hub.revision!r} on the Hub") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {repo!r} here and no such repository on the Hub (a private one needs token=)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        if hub.local_files_only:
+            raise FileNotFoundError(
+                f"there is no folder {repo!r} here, and {repo!r}{revision} was not downloaded before; "
+                "leave local_files_only out to fetch it"
+            ) from error
+        raise ConnectionError(
+            f"there is no folder {repo!r} here, and the Hub cannot be reached to fetch {repo!r}{revision}; "
+            "check the name, or the network (and HF_HUB_OFFLINE)"
+        ) from error
+    return Path(folder)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_of(device_map: Device | Mapping[str, Device] | None) -> Device:
+    """The one device that transformers' `device_map` means."""
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise Unsupported(
+                f"device_map={dict(device_map)!r}: a model is not split over devices; pass one, e.g. 'cuda:0'"
+            )
+        return device_map[""]
+    if device_map is None:
+        return "cpu"
+    if device_map in ("balanced", "balanced_low_0", "sequential"):
+        raise Unsupported(f"device_map={device_map!r}: a model is not split over devices; pass one, e.g. 'cuda:0'")
+    return _default_device() if device_map == "auto" else device_map
+
+
+def _load_model(
+    folder: Path,
+    dtype: Dtype | None,
+    device: Device,
+    progress: bool | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> CausalLM:
+    """Read the weights and give the native model `generate()` and its generation settings."""
+    from unspool.config import GenerationConfig
+    from unspool.weights import load_model
+
+    native = load_model(folder, dtype=dtype, device=device, progress=progress, config_overrides=config_overrides)
+    native.__class__ = _with_generate(type(native), _public_name(native))
+    model: CausalLM = native  # type: ignore[assignment]
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    else:
+        model.generation_config = GenerationConfig.from_model_config(native.config)
+    return model
+
+
+def _public_name(native: Model) -> str:
+    """Class name that the checkpoint gives, `"MistralForCausalLM"`, or one like it."""
+    names = native.config.get("architectures") or []
+    name = str(names[0]) if len(names) == 1 else ""
+    return name if name.isidentifier() else f"{type(native).__name__}ForCausalLM"
+
+
+_composed: dict[tuple[type[Model], str], type[Model]] = {}
+
+
+def _with_generate(native: type[Model], name: str) -> type[Model]:
+    """The native class with `generate()` in front; made once, so that two loads give the same type."""
+    from unspool.generate import GenerationMixin
+
+    if (native, name) not in _composed:
+        members = {"__module__": native.__module__, "__doc__": native.__doc__}
+        _composed[native, name] = type(name, (GenerationMixin, native), members)
+    return _composed[native, name]

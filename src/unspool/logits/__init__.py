@@ -1,0 +1,65 @@
+"""Everything that changes next-token scores before a token is chosen.
+
+`ops` holds the arithmetic as pure functions whose parameters are numbers or per-row columns; the processor classes,
+one file for each family, carry transformers' names and arguments; `pipeline` puts them in order for a config.
+Choosing a token from the scores is `decode/choose`; ending a row is `stopping`.
+"""
+
+from unspool.logits.base import LogitsProcessor, LogitsProcessorList
+from unspool.logits.bias import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
+from unspool.logits.constrained import PrefixConstrainedLogitsProcessor
+from unspool.logits.forced import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+from unspool.logits.length import (
+    ExponentialDecayLengthPenalty,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
+from unspool.logits.ngram import EncoderNoRepeatNGramLogitsProcessor, NoRepeatNGramLogitsProcessor
+from unspool.logits.penalties import EncoderRepetitionPenaltyLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from unspool.logits.pipeline import build_processors
+from unspool.logits.sanity import InfNanRemoveLogitsProcessor, LogitNormalization
+from unspool.logits.warpers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+__all__ = [
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "ExponentialDecayLengthPenalty",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "MinPLogitsWarper",
+    "NoBadWordsLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "PrefixConstrainedLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+    "build_processors",
+]

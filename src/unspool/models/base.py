@@ -1,0 +1,259 @@
+"""What the decoding core knows of a model: its shape, one batch in, logits out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unspool.attention.dense import DenseAttention
+from unspool.cache.layout import LayerGroup
+from unspool.models.layers.embedding import Embedding
+from unspool.models.layers.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The shape of a decoder, as far as caches, schedulers and front ends need it.
+
+    Attributes:
+        family: `model_type` of the checkpoint's `config.json`, e.g. `"llama"`.
+        vocab_size: width of the logits; token ids lie in `[0, vocab_size)`.
+        hidden_size: width of the residual stream.
+        heads: query heads of a layer.
+        groups: the layers' key/value groups; every layer is in exactly one.
+        max_positions: positions the model was made for (tokens of prompt and output together).
+        hard_limit: positions past `max_positions` do not exist (a learned table), rather than being merely untrained.
+        needs_extents: the rotary angles depend on the row's length (dynamic NTK, longrope): fill `Batch.extents`.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    heads: int
+    groups: tuple[LayerGroup, ...]
+    max_positions: int
+    hard_limit: bool = False
+    needs_extents: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return sum(len(group.layers) for group in self.groups)
+
+
+class Attend(Protocol):
+    """Attention of one step, handed to every layer; it stores the new keys and values and answers for all rows."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """Attend `q` `[tokens, heads, dim]` over each row's past and its new `k`, `v` `[tokens, kv_heads, dim]`.
+
+        Returns `[tokens, heads * dim]`. `scale` multiplies the scores; `softcap` bounds them by `cap * tanh(s / cap)`.
+        """
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """True tokens of any number of rows, flat, for one forward pass.
+
+    Attributes:
+        tokens: `[tokens]` int64 ids.
+        positions: `[tokens]` int64, each token's place in its row.
+        attend: attention over the rows' stored keys and values.
+        keep: `[kept]` int64 indexes into the tokens whose logits are wanted; `None` keeps all.
+        extents: `[tokens]` int64, tokens known of the token's row (a prompt's whole length also while it is fed in
+            chunks); filled when the spec asks for it.
+        trace: where given, the model appends the hidden states `[tokens, hidden]` that enter each layer,
+            and last the ones after the final norm.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    attend: Attend
+    keep: Tensor | None = None
+    extents: Tensor | None = None
+    trace: list[Tensor] | None = None
+
+
+@dataclass(slots=True)
+class CausalLMOutput:
+    """Result of a plain call `model(input_ids)`: `logits` `[batch, length, vocab]`; the rest as asked."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    loss: Tensor | None = None
+
+    def __getitem__(self, key: str | int) -> Tensor | tuple[Tensor, ...]:
+        """A field by name, or by place among those that are there, the loss first."""
+        every = {name: getattr(self, name) for name in ("loss", "logits", "hidden_states", "attentions")}
+        there: dict[str, Tensor | tuple[Tensor, ...]] = {k: v for k, v in every.items() if v is not None}
+        if isinstance(key, int):
+            return list(there.values())[key]
+        if key not in there:
+            raise KeyError(f"{key!r} is not in this output; it holds {', '.join(there)}")
+        return there[key]
+
+
+class Model(nn.Module):
+    """Base of the native decoders.
+
+    A family implements `body` and `head`; `step` is what the core calls, `forward` what people call.
+
+    Args:
+        config: contents of the checkpoint's `config.json`.
+
+    Attributes:
+        spec: the model's shape.
+        config: as given.
+        embedding: one row per token id.
+        lm_head: turns hidden states into logits.
+        tied: the head's weight is the embedding's.
+    """
+
+    spec: ModelSpec
+    config: Mapping[str, Any]
+    embedding: Embedding
+    lm_head: Linear
+    tied: bool
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+
+    def body(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, `[tokens, hidden]`."""
+        raise NotImplementedError
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[n, vocab]` of hidden states `[n, hidden]`, in the model's dtype."""
+        raise NotImplementedError
+
+    def step(self, batch: Batch) -> Tensor:
+        """Logits `[kept, vocab]` of one batch; the new keys and values are stored through `batch.attend`."""
+        hidden = self.body(batch)
+        return self.head(hidden if batch.keep is None else hidden.index_select(0, batch.keep))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool = True,
+    ) -> CausalLMOutput:
+        """Run whole texts at once, without a cache; differentiable.
+
+        Args:
+            input_ids: `[batch, length]` token ids.
+            attention_mask: `[batch, length]`, 1 for true tokens and 0 for padding; by default all are true.
+            position_ids: `[batch, length]` or `[1, length]`; by default 0, 1, 2 ... in every row, padded or not.
+                Without a mask, positions that start again begin a new text that does not see the one before.
+            labels: `[batch, length]`, usually `input_ids` with -100 where no loss is wanted. They are shifted here:
+                position `i` is scored on predicting label `i + 1`.
+            output_hidden_states: also return what enters each layer, and what leaves the final norm.
+            output_attentions: also return attention weights, one `[batch, heads, length, length]` per layer.
+            logits_to_keep: compute logits only for the last so many positions (0: all), or for the given ones.
+            return_dict: accepted because callers pass it; only `True` means anything here.
+
+        Raises:
+            ValueError: shapes disagree, a token id lies outside the vocabulary, or a position outside a learned table.
+        """
+        self._check(input_ids, attention_mask, position_ids, labels, return_dict)
+        rows, length = input_ids.shape
+        positions = torch.arange(length, device=input_ids.device)[None] if position_ids is None else position_ids
+        positions = positions.expand(rows, length)
+        packed = position_ids is not None and attention_mask is None
+        attend = DenseAttention(
+            self.spec.groups, rows, length, attention_mask, positions if packed else None, weights=output_attentions
+        )
+        trace: list[Tensor] | None = [] if output_hidden_states else None
+        extents = positions.amax(dim=1, keepdim=True).add(1).expand(rows, length).reshape(-1)
+        batch = Batch(input_ids.reshape(-1), positions.reshape(-1), attend, extents=extents, trace=trace)
+        hidden = self.body(batch).view(rows, length, -1)
+        if not isinstance(logits_to_keep, int):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:2], -1)
+        return CausalLMOutput(
+            logits,
+            None if trace is None else tuple(state.view(rows, length, -1) for state in trace),
+            tuple(attend.weights) if attend.weights is not None else None,
+            None if labels is None else _next_token_loss(logits, labels),
+        )
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        return_dict: bool,
+    ) -> None:
+        """Refuse a plain call that cannot work, before any of it is done."""
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
+            raise ValueError(
+                f"`input_ids` must be integers of shape [batch, length], neither of them 0; got {input_ids.dtype} of "
+                f"shape {list(input_ids.shape)}"
+            )
+        shape = tuple(input_ids.shape)
+        for name, value in (("attention_mask", attention_mask), ("labels", labels)):
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(
+                    f"`{name}` has shape {list(value.shape)}; it must be that of `input_ids`, {list(shape)}"
+                )
+        if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise ValueError(f"`position_ids` has shape {list(position_ids.shape)}; it must be {list(shape)}")
+        if not return_dict:
+            raise ValueError("`return_dict=False` is not supported; take `.logits` of the result")
+        low, high = (int(value) for value in torch.aminmax(input_ids))
+        if low < 0 or high >= self.spec.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"`input_ids` holds {wrong}; token ids of this model lie in [0, {self.spec.vocab_size})")
+        if self.spec.hard_limit:
+            last = shape[1] - 1 if position_ids is None else int(position_ids.max())
+            if last >= self.spec.max_positions:
+                raise ValueError(
+                    f"`input_ids` needs position {last}, but this model has {self.spec.max_positions} positions; "
+                    f"shorten it"
+                )
+
+    def pack(self) -> None:
+        """Exchange weights for layouts that multiply faster, layer by layer, where there are such; for inference only.
+
+        See `models.layers.linear`. A head that shares the embedding's weight stays as it is.
+        """
+        uses = Counter(id(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
+        for module in self.modules():
+            if isinstance(module, Linear) and uses[id(module.weight)] == 1:
+                module.pack()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of each position's logits `[batch, length, vocab]` against the next label; -100 is skipped."""
+    if logits.shape[1] != labels.shape[1]:
+        raise ValueError("`labels` need the logits of all positions; leave `logits_to_keep` at 0")
+    following = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.float().flatten(0, 1), following.reshape(-1))

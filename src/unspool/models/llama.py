@@ -1,0 +1,182 @@
+"""Decoders built like Llama (Touvron et al., 2023).
+
+They are Llama, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3, Phi-3, Granite and OLMo 2; `llama_config` says how they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unspool.models.base import Attend, Batch, Model, ModelSpec
+from unspool.models.layers.activation import activation
+from unspool.models.layers.embedding import Embedding
+from unspool.models.layers.linear import Linear
+from unspool.models.layers.norm import RMSNorm
+from unspool.models.layers.rotary import Rotary, Turn, rotate
+from unspool.models.llama_config import LlamaConfig
+
+__all__ = ["Llama"]
+
+
+class HeadNorm(nn.Module):
+    """Qwen3's norm of queries and keys: each head by itself; query heads share one weight, key heads another."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim, self.eps = config.heads, config.kv_heads, config.head_dim, config.eps
+        self.weight = nn.Parameter(torch.ones(2 * config.head_dim))
+        self.parts = (config.head_dim, config.head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` `[tokens, heads + kv_heads, dim]`."""
+        q, k = self.weight.view(2, 1, self.dim)
+        weight = torch.cat((q.expand(self.heads, -1), k.expand(self.kv_heads, -1)))
+        return F.rms_norm(x, (self.dim,), None, self.eps) * weight
+
+
+class WidthNorm(nn.Module):
+    """OLMo 2's norm of queries and keys: over all query heads together, and over all key heads together."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.width = config.heads * config.head_dim
+        self.q = RMSNorm(self.width, config.eps)
+        self.k = RMSNorm(config.kv_heads * config.head_dim, config.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` `[tokens, heads + kv_heads, dim]`."""
+        flat = x.flatten(1)
+        return torch.cat((self.q(flat[:, : self.width]), self.k(flat[:, self.width :])), dim=-1).view(x.shape)
+
+
+_QK_NORMS: dict[str, type[HeadNorm | WidthNorm]] = {"head": HeadNorm, "width": WidthNorm}
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and shared key/value heads."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.scale = layer, config.scale
+        self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, config.head_dim
+        self.turned = config.heads + config.kv_heads
+        self.rotated = config.rotated[layer]
+        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.qkv = Linear(config.hidden_size, q, kv, kv, bias=config.qkv_bias)
+        self.out = Linear(q, config.hidden_size, bias=config.out_bias)
+        self.norm = None if config.qk_norm is None else _QK_NORMS[config.qk_norm](config)
+
+    def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
+        """Attend from `x` `[tokens, hidden]`."""
+        qkv = self.qkv(x).view(-1, self.turned + self.kv_heads, self.dim)
+        qk = qkv[:, : self.turned]
+        if self.norm is not None:
+            qk = self.norm(qk)
+        if self.rotated:
+            qk = rotate(qk, turn)
+        mixed = attend(self.layer, qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.turned :], self.scale)
+        out: Tensor = self.out(mixed)
+        return out
+
+
+class GatedMLP(nn.Module):
+    """Feed-forward layer with a gate: `down(act(gate(x)) * up(x))` (Shazeer, 2020)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, config.inner_size, config.inner_size, bias=config.mlp_bias)
+        self.down = Linear(config.inner_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = activation(config.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform `x` `[tokens, hidden]`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate = self.act(gate)
+        out: Tensor = self.down(gate * up if torch.is_grad_enabled() else gate.mul_(up))
+        return out
+
+
+class Block(nn.Module):
+    """One decoder layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.eps)
+        self.mlp = GatedMLP(config)
+        self.multiplier = config.residual_multiplier
+
+    def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
+        """Apply the layer to the residual stream `x` `[tokens, hidden]`."""
+        x = add(x, self.attention(self.attention_norm(x), turn, attend), self.multiplier)
+        return add(x, self.mlp(self.mlp_norm(x)), self.multiplier)
+
+
+class NormAfterBlock(Block):
+    """OLMo 2's layer: the norms stand after attention and feed-forward, inside the residual branch."""
+
+    def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
+        """Apply the layer to the residual stream `x` `[tokens, hidden]`."""
+        x = add(x, self.attention_norm(self.attention(x, turn, attend)), self.multiplier)
+        return add(x, self.mlp_norm(self.mlp(x)), self.multiplier)
+
+
+def add(stream: Tensor, branch: Tensor, multiplier: float) -> Tensor:
+    """`stream + branch * multiplier`, written over `branch` where no gradient needs it; `stream` stays as it is."""
+    if torch.is_grad_enabled():
+        return stream + (branch if multiplier == 1.0 else branch * multiplier)
+    return (branch if multiplier == 1.0 else branch.mul_(multiplier)).add_(stream)
+
+
+class Llama(Model):
+    """The whole decoder.
+
+    Args:
+        config: contents of `config.json`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.shape = shape = LlamaConfig.from_dict(config)
+        self.spec = ModelSpec(
+            family=shape.family,
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            heads=shape.heads,
+            groups=shape.groups(),
+            max_positions=shape.max_positions,
+            needs_extents=shape.rope.by_length,
+        )
+        self.rotary = Rotary(shape.rope)
+        self.embedding = Embedding(shape.vocab_size, shape.hidden_size)
+        kind = NormAfterBlock if shape.norm_after else Block
+        self.layers = nn.ModuleList(kind(shape, layer) for layer in range(shape.layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.eps)
+        self.lm_head = Linear(shape.hidden_size, shape.vocab_size)
+        self.tied = shape.tied
+
+    def body(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, `[tokens, hidden]`."""
+        x: Tensor = self.embedding(batch.tokens)
+        if self.shape.embedding_multiplier != 1.0:
+            x = x * self.shape.embedding_multiplier
+        turn = self.rotary(batch.positions, batch.extents, x.dtype)
+        for layer in self.layers:
+            if batch.trace is not None:
+                batch.trace.append(x)
+            x = layer(x, turn, batch.attend)
+        x = self.norm(x)
+        if batch.trace is not None:
+            batch.trace.append(x)
+        return x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[n, vocab]` of `hidden` `[n, hidden]`."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits if self.shape.logits_divisor == 1.0 else logits / self.shape.logits_divisor

@@ -1,0 +1,257 @@
+"""A folder with `config.json` and safetensors becomes a native model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unspool.errors import CheckpointError
+from unspool.models.base import Model
+from unspool.models.registry import allocate, dtype_of, empty
+from unspool.types import FileName
+from unspool.weights.names import Source, Target, is_ignored, targets
+from unspool.weights.safetensors import SafetensorsFile
+
+__all__ = ["load_model", "read_config"]
+
+logger = logging.getLogger(__name__)
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Seconds of loading before a progress bar is worth showing.
+_PATIENCE = 2.0
+
+
+def read_config(folder: FileName) -> dict[str, Any]:
+    """Contents of a checkpoint folder's `config.json`.
+
+    Raises:
+        CheckpointError: the folder or the file is missing, or the file is not a JSON object.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and model.safetensors")
+    config = _read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} holds no JSON object")
+    return config
+
+
+def load_model(
+    folder: FileName,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    pack: bool = True,
+) -> Model:
+    """Load a model in evaluation mode. The folder is only read.
+
+    Tensors go one after another from disk into their final place, dtype and device, so memory never holds much more
+    than the weights.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`, or shards with `model.safetensors.index.json`.
+        dtype: of the weights; `None` or `"auto"` keeps the checkpoint's.
+        device: where the weights go.
+        progress: show a bar on stderr; `None` shows it on a terminal when loading takes more than two seconds.
+        config_overrides: replace entries of `config.json`.
+        pack: on a CPU, exchange weights for oneDNN's own layout. Batches of 8 to 32 rows decode up to 1.7 times as fast
+            and fp32 at any size, one row in bf16 up to a quarter slower. Takes a second or more per GB.
+
+    Raises:
+        CheckpointError: the folder does not hold the model it promises; the message names the file or tensor.
+        Unsupported: the checkpoint is quantised.
+    """
+    folder = Path(folder)
+    config = {**read_config(folder), **(config_overrides or {})}
+    model = empty(config, dtype)
+    with ExitStack() as stack:
+        files = [stack.enter_context(SafetensorsFile(path)) for path in _weight_files(folder)]
+        found = {name: file for file in files for name in file.entries}
+        if not (config.get("dtype") or config.get("torch_dtype")) and dtype in (None, "auto"):
+            model = model.to(_file_dtype(files))
+        model.tied = model.tied and not _untied(model, found)
+        plan = [
+            (target, [_locate(source, target, found, model, folder) for source in target.sources])
+            for target in _wanted(model)
+        ]
+        _report_extras(found, {name for _, places in plan for name in places}, model, folder)
+        allocate(model, device)
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        with _progress(f"Loading {folder.name}", total, progress) as bar:
+            for target, places in plan:
+                parameter = model.get_parameter(target.name)
+                _fill(parameter, target, places, found)
+                bar.advance(parameter.nbytes)
+            del parameter
+    if pack:
+        model.requires_grad_(False)
+        model.pack()
+    return model
+
+
+def _wanted(model: Model) -> Iterator[Target]:
+    """Parameters to be read; a tied head has none of its own."""
+    return (target for target in targets(model) if not (model.tied and target.name == "lm_head.weight"))
+
+
+def _fill(parameter: Tensor, target: Target, places: list[str], found: Mapping[str, SafetensorsFile]) -> None:
+    """Read the tensors of one parameter into it, one below the other."""
+    data = parameter.data
+    if len(places) == 1:
+        found[places[0]].read_into(places[0], data, target.transposed)
+        return
+    at = 0
+    for source, name in zip(target.sources, places, strict=True):
+        found[name].read_into(name, data[at : at + source.shape[0]])
+        at += source.shape[0]
+
+
+def _locate(source: Source, target: Target, found: Mapping[str, SafetensorsFile], model: Model, folder: Path) -> str:
+    """Name under which the checkpoint holds `source`, once its shape is as expected."""
+    candidates = [source.name, source.bare]
+    if model.tied and target.name == "embedding.weight":
+        candidates.append("lm_head.weight")
+    name = next((candidate for candidate in candidates if candidate in found), None)
+    if name is None:
+        raise CheckpointError(f"{folder} lacks the tensor {source.name!r} that a {model.spec.family!r} model needs")
+    shape = found[name].entries[name].shape
+    if shape != source.shape:
+        raise CheckpointError(
+            f"{found[name].path}: the tensor {name!r} has shape {list(shape)}, but config.json makes it "
+            f"{list(source.shape)}"
+        )
+    if not found[name].entries[name].dtype.is_floating_point:
+        raise CheckpointError(
+            f"{found[name].path}: the tensor {name!r} holds integers; quantised weights cannot be loaded"
+        )
+    return name
+
+
+def _untied(model: Model, found: Mapping[str, SafetensorsFile]) -> bool:
+    """Whether the files hold a head of their own although the configuration ties it to the embedding."""
+    embedding = next(target.sources[0] for target in targets(model) if target.name == "embedding.weight")
+    name = embedding.name if embedding.name in found else embedding.bare
+    if "lm_head.weight" not in found or name not in found:
+        return False
+    if found[name].equal(name, found["lm_head.weight"], "lm_head.weight"):
+        return False
+    logger.warning("lm_head.weight differs from %s although config.json ties them; both are used as they are", name)
+    return True
+
+
+def _report_extras(found: Mapping[str, SafetensorsFile], used: set[str], model: Model, folder: Path) -> None:
+    """Warn once of tensors that nothing reads."""
+    extras = sorted(name for name in found if name not in used and not is_ignored(name))
+    if model.tied:
+        extras = [name for name in extras if name != "lm_head.weight"]
+    if extras:
+        logger.warning(
+            "%s holds %d tensors that a %r model does not use: %s",
+            folder,
+            len(extras),
+            model.spec.family,
+            ", ".join(extras),
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        index = _read_json(folder / _INDEX)
+        table = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(table, dict) or not table:
+            raise CheckpointError(f"{folder / _INDEX} has no `weight_map`")
+        paths = [folder / str(name) for name in dict.fromkeys(table.values())]
+        for path in paths:
+            if not path.is_file() or path.parent != folder:
+                raise CheckpointError(f"{folder / _INDEX} names the file {path.name!r}, which is not in the folder")
+        return paths
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code when read; convert them to "
+            f"safetensors, for instance with `save_pretrained` of the transformers library"
+        )
+    raise CheckpointError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
+
+
+def _file_dtype(files: list[SafetensorsFile]) -> torch.dtype:
+    """Dtype of the first floating tensor."""
+    kinds = (entry.dtype for file in files for entry in file.entries.values() if entry.dtype.is_floating_point)
+    return dtype_of(next(kinds, None), {})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+class _Bar(Protocol):
+    def advance(self, count: int) -> None:
+        """Count `count` more bytes as read."""
+        ...
+
+
+class _Quiet:
+    """No bar."""
+
+    def advance(self, count: int) -> None:
+        """Nothing to show."""
+
+
+class _RichBar:
+    """A bar on stderr that appears only when loading has taken `patience` seconds."""
+
+    def __init__(self, title: str, total: int, patience: float) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._appears = time.monotonic() + patience
+        self._stack = ExitStack()
+        self._update: Any = None
+
+    def advance(self, count: int) -> None:
+        """Count `count` more bytes as read."""
+        self._done += count
+        if self._update is None and time.monotonic() >= self._appears and self._done < self._total:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            bar = self._stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+            task = bar.add_task(self._title, total=self._total)
+            self._update = lambda: bar.update(task, completed=self._done)
+        if self._update is not None:
+            self._update()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._stack.close()
+
+
+@contextmanager
+def _progress(title: str, total: int, wanted: bool | None) -> Iterator[_Bar]:
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        yield _Quiet()
+        return
+    bar = _RichBar(title, total, 0.0 if wanted else _PATIENCE)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,174 @@
+"""Reading tensors of `.safetensors` files straight into memory that is already there.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, a JSON header that gives
+every tensor's dtype, shape and place, then the bytes. Plain reads instead of a memory map: a map's pages would count as
+the process's memory beside the copies that fused weights need, and could not be huge pages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from unspool.errors import CheckpointError
+
+__all__ = ["Entry", "SafetensorsFile"]
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_LONGEST_HEADER = 100_000_000
+_CHUNK = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies in a file: `start` in bytes from its beginning."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """One open file.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        entries: what the header lists, by name.
+
+    Raises:
+        CheckpointError: the file is cut short, or its header is not one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO = path.open("rb", buffering=0)
+        try:
+            self.entries = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+        self._scratch: Tensor | None = None
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read_into(self, name: str, target: Tensor, transposed: bool = False) -> None:
+        """Read tensor `name` into `target`, of the same shape (or the reversed one if `transposed`), casting as needed.
+
+        Beside the target, no more than one chunk of 16 MiB (or one row of the tensor) is held in memory.
+        """
+        entry = self.entries[name]
+        direct = target.device.type == "cpu" and target.dtype == entry.dtype and target.is_contiguous()
+        if direct and not transposed:
+            self._fill(entry.start, target)
+            return
+        at = 0
+        for rows in self._chunks(entry):
+            place = target[:, at : at + len(rows)].t() if transposed else target[at : at + len(rows)]
+            place.copy_(rows)
+            at += len(rows)
+
+    def equal(self, name: str, other: SafetensorsFile, other_name: str) -> bool:
+        """Whether two tensors hold the same values, compared chunk by chunk."""
+        one, two = self.entries[name], other.entries[other_name]
+        if one.shape != two.shape:
+            return False
+        return all(torch.equal(a, b) for a, b in zip(self._chunks(one), other._chunks(two, own=True), strict=True))
+
+    def _chunks(self, entry: Entry, own: bool = False) -> Iterator[Tensor]:
+        """The tensor's rows in order, a chunk at a time, in memory that the next chunk overwrites unless `own`."""
+        row = max(1, entry.bytes // entry.shape[0]) if entry.shape and entry.shape[0] else 1
+        step = max(1, _CHUNK // row)
+        for at in range(0, entry.shape[0], step):
+            count = min(step, entry.shape[0] - at)
+            size = count * row
+            if own:
+                memory = torch.empty(size, dtype=torch.uint8)
+            else:
+                if self._scratch is None or self._scratch.numel() < size:
+                    self._scratch = torch.empty(max(size, min(_CHUNK, entry.bytes)), dtype=torch.uint8)
+                memory = self._scratch[:size]
+            self._fill(entry.start + at * row, memory)
+            yield memory.view(entry.dtype).view(count, *entry.shape[1:])
+
+    def _fill(self, start: int, target: Tensor) -> None:
+        """Read the bytes from `start` on into the whole of the contiguous CPU tensor `target`."""
+        view = target.detach().view(-1).view(torch.uint8).numpy().data
+        self._file.seek(start)
+        done = 0
+        while done < len(view):
+            # Linux reads at most 2 GiB at once
+            count = self._file.readinto(view[done : done + 2**30])  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(f"{self.path} ended early: {len(view) - done} bytes are missing")
+            done += count
+
+    def _read_header(self) -> dict[str, Entry]:
+        size = os.fstat(self._file.fileno()).st_size
+        head = self._file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(_LONGEST_HEADER, size - 8):
+            raise CheckpointError(
+                f"{self.path} is not a whole safetensors file: it has {size} bytes, and its header alone would need "
+                f"{8 + length}; download it again"
+            )
+        try:
+            header: dict[str, Any] = json.loads(self._file.read(length))
+            header.pop("__metadata__", None)
+            found = {name: self._entry(value, 8 + length) for name, value in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{self.path} has no readable safetensors header ({error}); download it again"
+            ) from error
+        promised = max((entry.start + entry.bytes for entry in found.values()), default=8 + length)
+        if promised > size:
+            raise CheckpointError(
+                f"{self.path} is truncated: its header promises {promised} bytes and the file has {size}; download it "
+                f"again"
+            )
+        return found
+
+    def _entry(self, value: dict[str, Any], base: int) -> Entry:
+        start, end = (int(offset) for offset in value["data_offsets"])
+        if value["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{self.path} holds a tensor of type {value['dtype']!r}, which cannot be read here")
+        entry = Entry(_DTYPES[value["dtype"]], tuple(int(n) for n in value["shape"]), base + start)
+        if start < 0 or min(entry.shape, default=0) < 0 or end - start != entry.bytes:
+            raise ValueError(f"a tensor of shape {list(entry.shape)} takes {entry.bytes} bytes, not {start} to {end}")
+        return entry
