@@ -26,6 +26,8 @@ class StaticScheduler:
     Args:
         group: the rows, with their blocks reserved.
         store: where they lie.
+        steps: new tokens after which every row has ended; nothing is planned beyond, also when the host has not seen
+            the last of them yet.
         chunk: most columns of prompt in one step; `None` takes the prompts whole.
         leaders: the rows to compute in the prompt's steps, where several rows share a prompt; default all.
         keep_finished: go on feeding rows that ended until all have, for callers that need every row in every step.
@@ -37,12 +39,14 @@ class StaticScheduler:
         group: Group,
         store: PagedStore,
         *,
+        steps: int,
         chunk: int | None = None,
         leaders: list[Sequence] | None = None,
         keep_finished: bool = False,
         keep_stored: bool = False,
     ) -> None:
         self._store = store
+        self._steps = steps
         self._keep_finished = keep_finished
         self._keep_stored = keep_stored
         self._rows = sorted(group.rows, key=_place)
@@ -55,9 +59,12 @@ class StaticScheduler:
         if self._left:
             return self._prompt_chunk()
         live = [row for row in self._rows if row.finish is None]
-        if len(live) == len(self._rows) or (self._keep_finished and live):
+        if not live or not self._steps:
+            return []
+        self._steps -= 1
+        if len(live) == len(self._rows) or self._keep_finished:
             return [Work(row, 1, 1) for row in self._rows]
-        if live and not self._keep_stored:
+        if not self._keep_stored:
             self._store.compact(live, [row for row in self._rows if row.finish is not None])
             live.sort(key=_place)
         self._rows = live
@@ -66,6 +73,7 @@ class StaticScheduler:
     def _prompt_chunk(self) -> list[Work]:
         self._left = max(0, self._left - self._chunk)
         keep = int(self._left == 0)
+        self._steps -= keep
         feeds = ((row, row.known - row.computed - self._left) for row in self._leaders)
         return [Work(row, feed, keep) for row, feed in feeds if feed > 0]
 

@@ -91,6 +91,7 @@ class StaticCall:
         scheduler = StaticScheduler(
             group,
             store,
+            steps=self.limits.max_columns - history.width,
             chunk=self._chunk(rows),
             leaders=rows[:: self.copies] if twins else None,
             keep_finished=every_row,
@@ -118,7 +119,7 @@ class StaticCall:
         if not self.config.do_sample:
             return None
         if self.config.seed is not None:
-            return SeededNoise(self.config.seed, self.model.device)
+            return SeededNoise(self.config.seed, self.copies, self.model.device)
         return GlobalNoise(rows, self.model.device)
 
     def _fault(self, row: Sequence) -> str:

@@ -63,20 +63,24 @@ class GlobalNoise:
 
 
 class SeededNoise:
-    """Draws from a counter keyed by (seed, row, position): the same whatever else is in the batch, and in which order.
+    """Draws from a generator keyed by (seed, sample, position): a prompt gets the same text whatever else is in the batch.
 
-    Philox-like generators of the device are seeded per row and step; only the row's own key decides its numbers.
+    Args:
+        seed: the caller's.
+        samples: rows that share a prompt, side by side; a row's place among them is its sample number.
+        device: where the noise is made; each kind of device has numbers of its own.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, samples: int, device: torch.device) -> None:
         self._seed = seed
+        self._samples = samples
         self._generator = torch.Generator(device=device)
 
     def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
         """Exponential noise `[len(rows), vocab]`."""
         noise = torch.empty(len(rows), vocab, device=self._generator.device)
         for row, out in zip(rows, noise, strict=True):
-            self._generator.manual_seed(key(self._seed, row.row, row.known))
+            self._generator.manual_seed(key(self._seed, row.row % self._samples, row.known))
             out.exponential_(1, generator=self._generator)
         return noise
 
