@@ -15,7 +15,9 @@ PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "d
 @pytest.mark.parametrize("page", PAGES)
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     text = (ROOT / page).read_text()
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import" in block or "=" in block]
+    blocks = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import" in block or "=" in block
+    ]
     if page == "docs/architecture.md":  # its blocks are a list of nouns
         return
     assert blocks

@@ -30,6 +30,7 @@ class StaticScheduler:
             the last of them yet.
         chunk: most columns of prompt in one step; `None` takes the prompts whole.
         leaders: the rows to compute in the prompt's steps, where several rows share a prompt; default all.
+        recompute_past: see `ModelSpec`; needs every step committed before the next is planned.
         keep_finished: go on feeding rows that ended until all have, for callers that need every row in every step.
         keep_stored: leave the keys and values of rows that ended alone.
     """
@@ -42,11 +43,13 @@ class StaticScheduler:
         steps: int,
         chunk: int | None = None,
         leaders: list[Sequence] | None = None,
+        recompute_past: int | None = None,
         keep_finished: bool = False,
         keep_stored: bool = False,
     ) -> None:
         self._store = store
         self._steps = steps
+        self._recompute_past = recompute_past
         self._keep_finished = keep_finished
         self._keep_stored = keep_stored
         self._rows = sorted(group.rows, key=_place)
@@ -63,12 +66,20 @@ class StaticScheduler:
             return []
         self._steps -= 1
         if len(live) == len(self._rows) or self._keep_finished:
-            return [Work(row, 1, 1) for row in self._rows]
+            return self._next_tokens(self._rows)
         if not self._keep_stored:
             self._store.compact(live, [row for row in self._rows if row.finish is not None])
             live.sort(key=_place)
         self._rows = live
-        return [Work(row, 1, 1) for row in live]
+        return self._next_tokens(live)
+
+    def _next_tokens(self, rows: list[Sequence]) -> list[Work]:
+        limit = self._recompute_past
+        if limit is not None:
+            for row in rows:
+                if row.computed <= limit < row.known:
+                    row.computed = 0
+        return [Work(row, row.known - row.computed, 1) for row in rows]
 
     def _prompt_chunk(self) -> list[Work]:
         self._left = max(0, self._left - self._chunk)

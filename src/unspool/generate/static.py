@@ -94,6 +94,7 @@ class StaticCall:
             steps=self.limits.max_columns - history.width,
             chunk=self._chunk(rows),
             leaders=rows[:: self.copies] if twins else None,
+            recompute_past=self.model.spec.recompute_past,
             keep_finished=every_row,
             keep_stored=detailed,
         )
@@ -104,7 +105,7 @@ class StaticCall:
             scheduler,
             device=self.model.device,
             twins=twins,
-            in_step=every_row or bool(self.limits.criteria),
+            in_step=every_row or bool(self.limits.criteria) or self.model.spec.recompute_past is not None,
             watch=tracer,
         )
         with self._mode(every_row or detailed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from unspool.attention.dense import DenseAttention
 from unspool.cache.layout import LayerGroup
 from unspool.models.layers.embedding import Embedding
-from unspool.models.layers.linear import Linear
+from unspool.models.layers.linear import Linear, pack
+from unspool.models.layers.packed import Packable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class ModelSpec:
         max_positions: positions the model was made for (tokens of prompt and output together).
         hard_limit: positions past `max_positions` do not exist (a learned table), rather than being merely untrained.
         needs_extents: the rotary angles depend on the row's length (dynamic NTK, longrope): fill `Batch.extents`.
+        recompute_past: length past which a row's stored keys no longer fit (longrope changes its wavelengths there): the
+            row is then computed anew, once; `None` when they always fit.
     """
 
     family: str
@@ -40,6 +43,7 @@ class ModelSpec:
     max_positions: int
     hard_limit: bool = False
     needs_extents: bool = False
+    recompute_past: int | None = None
 
     @property
     def layers(self) -> int:
@@ -233,12 +237,16 @@ class Model(nn.Module):
     def pack(self) -> None:
         """Exchange weights for layouts that multiply faster, layer by layer, where there are such; for inference only.
 
-        See `models.layers.linear`. A head that shares the embedding's weight stays as it is.
+        See `models.layers.linear`. A head and an embedding that share a weight share its packed form.
         """
         uses = Counter(id(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
+        users: defaultdict[int, list[Packable]] = defaultdict(list)
         for module in self.modules():
-            if isinstance(module, Linear) and uses[id(module.weight)] == 1:
-                module.pack()
+            if isinstance(module, Packable):
+                users[id(module.weight)].append(module)
+        for weight, modules in users.items():
+            if len(modules) == uses[weight] and any(isinstance(module, Linear) for module in modules):
+                pack(modules)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -247,8 +255,10 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.parameters()).device
+        """Device of the weights; `meta` where none has memory."""
+        devices = (parameter.device for parameter in self.parameters())
+        # a packed weight is on `meta`
+        return next((device for device in devices if device.type != "meta"), torch.device("meta"))
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

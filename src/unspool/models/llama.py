@@ -152,6 +152,7 @@ class Llama(Model):
             groups=shape.groups(),
             max_positions=shape.max_positions,
             needs_extents=shape.rope.by_length,
+            recompute_past=shape.rope.original if shape.rope.kind == "longrope" else None,
         )
         self.rotary = Rotary(shape.rope)
         self.embedding = Embedding(shape.vocab_size, shape.hidden_size)

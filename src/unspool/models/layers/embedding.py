@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unspool.kernels.linear import PackedWeight
+from unspool.models.layers.packed import Packable
+
 __all__ = ["Embedding"]
 
 
-class Embedding(nn.Module):
+class Embedding(Packable):
     """A table `[count, width]`. Its memory is not filled: weights come from a checkpoint or `registry.build`.
+
+    A head that shares the table may pack it for both.
 
     (`torch.nn.Embedding` draws random numbers even where there is no memory yet, and for that imports the compiler.)
     """
@@ -21,6 +26,11 @@ class Embedding(nn.Module):
 
     def forward(self, indexes: Tensor) -> Tensor:
         """Rows `[n, width]` of `indexes` `[n]`."""
+        if self._packed is not None:
+            if not (torch.is_grad_enabled() and self.weight.requires_grad):
+                assert isinstance(self._packed, PackedWeight)
+                return self._packed.rows(indexes)
+            self.unpack()
         return F.embedding(indexes, self.weight)
 
     def extra_repr(self) -> str:
