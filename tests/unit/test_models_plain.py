@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from unspool.errors import CheckpointError, Unsupported
+from unspool.models.base import ModelConfig
 from unspool.models.layers.linear import Linear, multiply
 from unspool.models.layers.norm import RMSNorm
 from unspool.models.registry import build, dtype_of, empty, supported
@@ -219,3 +220,10 @@ def test_one_row_is_normed_like_many(dtype: torch.dtype) -> None:
         with torch.no_grad():
             many, alone = norm(x), torch.cat([norm(row[None]) for row in x])
         torch.testing.assert_close(alone, many, rtol=2**-7, atol=1e-6)
+
+
+def test_the_configuration_reads_both_ways() -> None:
+    config = ModelConfig({"vocab_size": 7})
+    assert config.vocab_size == config["vocab_size"] == config.to_dict()["vocab_size"]
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = config.nothing_like_it

@@ -107,6 +107,20 @@ class CausalLMOutput:
         return there[key]
 
 
+class ModelConfig(dict[str, Any]):
+    """The contents of a checkpoint's `config.json`, whose entries are attributes too: `config.vocab_size`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"config.json has no entry {name!r}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain copy."""
+        return dict(self)
+
+
 class Model(nn.Module):
     """Base of the native decoders.
 
@@ -124,14 +138,14 @@ class Model(nn.Module):
     """
 
     spec: ModelSpec
-    config: Mapping[str, Any]
+    config: ModelConfig
     embedding: Embedding
     lm_head: Linear
     tied: bool
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = config
+        self.config = ModelConfig(config)
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, `[tokens, hidden]`."""

@@ -1,9 +1,10 @@
 """Matrix products with a weight. Nothing else in the models multiplies one, so faster kernels have one way in.
 
 On a CPU, what limits decoding is how fast weights stream from memory, and PyTorch's ways differ by two to three times
-there (`benchmarks/primitives.py` prints them). A layer that is only used for inference keeps its weight in a layout made
-once at load: that of our own kernels for bf16 where the processor has the instructions, else oneDNN's. The plain weight
-is given up for it, so it costs no memory (`packed`). Weights that stay plain are read in the way that suits their dtype.
+there (`benchmarks/primitives.py` prints them). A layer that is only used for inference keeps its weight in a layout
+made once at load: that of our own kernels for bf16 where the processor has the instructions, else oneDNN's. The plain
+weight is given up for it, so it costs no memory (`packed`). Weights that stay plain are read in the way that suits
+their dtype.
 """
 
 from __future__ import annotations
