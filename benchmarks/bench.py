@@ -119,9 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engines", type=listed, default=["unspool", "transformers"])
     parser.add_argument("--rounds", type=int, help="default 3, with --quick 1")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument(
-        "--patience", type=float, default=0, help="seconds to wait for a quiet machine before each part"
-    )
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet moment, per figure")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--out", type=Path, help="folder of the JSON file (default benchmarks/results)")
     args = parser.parse_args()

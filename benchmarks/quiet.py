@@ -22,7 +22,10 @@ class Disturbed(Exception):
 
 
 def _foreign_seconds() -> float:
-    """Processor time used since start by all but this process and its finished children; 0 without ``/proc/stat``."""
+    """Processor time used since start by all but this process and its finished children; 0 without ``/proc/stat``.
+
+    Niced programs count in full: where two threads wait for each other, even their small share costs a multiple.
+    """
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     except FileNotFoundError:

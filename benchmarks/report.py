@@ -45,8 +45,10 @@ saved by transformers and read from disk by both; greedy, no end-of-sequence tok
 *Prefill*: time to the first token of a 512-token prompt.
 *Mixed prompts*: one `generate()` call on left-padded prompts of 64 to 256 tokens, 64 new tokens each, prefill included.
 *Mixed outputs*: the same with rows that stop at 32 to 128 new tokens by a stopping criterion; only those tokens count.
+*Not run*: mixed outputs for {M}, and its 32 prompts in float32 (too long).
 *Start*: spawn of the process to the first token of a 16-token prompt, files in the page cache.
 *Peak memory*: VmHWM after the batch 1 parts and at the end.
+With `--patience`, calls during which other programs used more than a quarter of a core were dropped and repeated.
 A ratio is unspool / transformers; targets are for bfloat16.
 """
 
@@ -93,7 +95,9 @@ def markdown(result: dict[str, Any]) -> str:
     run = f"{result['date']}, `{result['command'].strip()}`, {result['minutes']} minutes, {result['rounds']} round(s)."
     lines = ["# Benchmark results", "", run]
     if result["quick"]:
-        lines.append("**A quick run: one short round, good for checking that it works, not for quoting.**")
+        lines.append(
+            "**A quick run, to check that it works, not to quote: 32 tokens of decode, 16 in batches, one call each.**"
+        )
     versions = ", ".join(f"{name} {facts[name]}" for name in ("python", *PACKAGES))
     lines.append(
         f"Machine: {facts['cores']} cores of {facts['cpu']} ({', '.join(facts['flags'])}), "

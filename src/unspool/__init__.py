@@ -28,7 +28,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "WatermarkingConfig",
     ),
     "unspool.generate": ("GenerationMixin",),
-    "unspool.generate.outputs": ("GenerateDecoderOnlyOutput",),
+    "unspool.generate.outputs": ("GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput"),
     "unspool.cache": ("PastKeyValues",),
     "unspool.tokenization": ("BatchEncoding", "Tokenizer"),
     "unspool.logits": (
@@ -125,7 +125,10 @@ if TYPE_CHECKING:
         Unsupported as Unsupported,
     )
     from unspool.generate import GenerationMixin as GenerationMixin
-    from unspool.generate.outputs import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
+    from unspool.generate.outputs import (
+        GenerateBeamDecoderOnlyOutput as GenerateBeamDecoderOnlyOutput,
+        GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput,
+    )
     from unspool.hub import (
         AutoModelForCausalLM as AutoModelForCausalLM,
         AutoTokenizer as AutoTokenizer,

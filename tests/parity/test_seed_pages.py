@@ -1,4 +1,4 @@
-"""The examples of transformers' v5.2 pages that need no beams, assistant or adapter, with the import line changed.
+"""The examples of transformers' v5.2 pages that need no assistant or adapter, with the import line changed.
 
 Each runs here on the built-in model, and on transformers itself on the same files; both give the same.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -81,6 +82,29 @@ def test_transition_scores(library: ModuleType, parts: tuple[Any, Any, torch.Ten
     for i, token in enumerate(outputs.sequences[0, -generated.shape[1] :].tolist()):
         place = inputs["input_ids"].shape[1] + i - 1
         torch.testing.assert_close(scores[0, i], logits[place, token], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # the page divides a tensor by an array
+def test_transition_scores_of_beams(parts: tuple[Any, Any, torch.Tensor]) -> None:
+    """The page's reconstruction of `sequences_scores`; a setting that the model leaves open is None on both sides."""
+    model, tokenizer, _ = parts
+    inputs = tokenizer(["Today is"], return_tensors="pt")
+    outputs = model.generate(
+        **inputs,
+        max_new_tokens=5,
+        num_beams=4,
+        num_return_sequences=4,
+        do_sample=False,  # as GPT-2 on the page; the storyteller's own settings sample
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    transition_scores = model.compute_transition_scores(
+        outputs.sequences, outputs.scores, outputs.beam_indices, normalize_logits=False
+    )
+    output_length = np.sum(transition_scores.numpy() < 0, axis=1)
+    length_penalty = model.generation_config.length_penalty or 1.0
+    reconstructed_scores = transition_scores.sum(axis=1) / (output_length**length_penalty)
+    assert np.allclose(outputs.sequences_scores, reconstructed_scores)
 
 
 def test_generation_config_files(library: ModuleType, tmp_path: Path) -> None:

@@ -118,6 +118,39 @@ class StoreMachine(RuleBasedStateMachine):
             self.rows.append(twin)
 
     @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def reparent(self, data: st.DataObject) -> None:
+        some = [row for row in self.rows if row.blocks]
+        if not some:
+            return
+        fresh = [Row() for _ in range(data.draw(st.integers(0, 5 - len(self.rows))))]
+        family = some + fresh  # rows without blocks may only be given some
+        parents = data.draw(st.lists(st.sampled_from(range(len(some))), min_size=len(family), max_size=len(family)))
+        known = [row.known for row in family]
+        free = [pool.free for pool in self.store.blocks]
+        self.store.reparent(family, parents)
+        for row, parent in zip(family, parents, strict=True):
+            row.known = list(known[parent])
+        self.rows += fresh
+        for index, pool in enumerate(self.store.blocks):
+            tails = [row.blocks[index][-1] for row in family if row.computed % 2]
+            assert not pool.free or all(pool.references(block) == 1 for block in tails), "tails are private"
+            assert free[index] - pool.free <= len(tails), "a row costs its tail at most"
+
+    @rule(data=st.data())
+    def enlarge(self, data: st.DataObject) -> None:
+        rows = [row for row in self.rows if row.blocks and row.blocks[0]]
+        pools = self.store.blocks
+        if not any(pools[0].references(block) > 1 for row in rows for block in row.blocks[0]) or pools[0].count > 60:
+            return  # laying out anew is for rows that were reserved, all with blocks; it has a test of its own
+        tokens = max(row.computed for row in rows) + data.draw(st.integers(1, 5))
+        tables = [[list(table) for table in row.blocks] for row in self.rows]
+        self.store.enlarge(rows, tokens)
+        assert tables == [row.blocks for row in self.rows], "rows that share keep their tables"
+        missing = [tokens - row.computed for row in rows]
+        assert all(self.store.extend(row, more) for row, more in zip(rows, missing, strict=True) if more)
+
+    @precondition(lambda self: self.rows)
     @rule(data=st.data(), keep=st.integers(0, 10))
     def truncate(self, data: st.DataObject, keep: int) -> None:
         row = data.draw(st.sampled_from(self.rows))

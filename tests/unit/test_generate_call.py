@@ -56,7 +56,12 @@ MISTAKES: dict[str, Case] = {
     "negative temperature": ({"do_sample": True, "temperature": -1.0}, ValueError, "temperature"),
     "stop strings without a tokenizer": ({"stop_strings": ["x"]}, ValueError, "tokenizer"),
     "a past that is none": ({"past_key_values": [1]}, TypeError, "past_key_values"),
-    "beams": ({"num_beams": 4}, unspool.errors.Unsupported, "num_beams"),
+    "more results than beams": ({"num_beams": 2, "num_return_sequences": 3}, ValueError, r"num_beams \(2\)"),
+    "groups of beams": (
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        unspool.errors.Unsupported,
+        "num_beam_groups",
+    ),
     "an assistant": ({"assistant_model": object()}, unspool.errors.Unsupported, "assistant_model"),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 3)}, unspool.errors.Unsupported, "inputs_embeds"),
 }
@@ -238,6 +243,7 @@ def test_outputs_are_tuples_and_dictionaries_too(model: Any) -> None:
     assert model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True, use_cache=False).past_key_values is None
     (out.sequences + 1).add_(1)  # ordinary tensors: the caller may compute with them
     out.sequences.add_(1)
+    assert not out.scores[0].is_inference()
 
 
 def test_a_past_can_be_cropped(model: Any) -> None:

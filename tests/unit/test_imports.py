@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "types": set(),
     "config": set(),
     "cache": {"config"},
-    "attention": {"config", "cache"},
+    "attention": {"config", "cache", "kernels"},
     "logits": {"config"},
     "stopping": {"config"},
     "streaming": {"config"},

@@ -58,6 +58,17 @@ class Blocks:
             if not self._references[block]:
                 self._release(block)
 
+    def grow(self, count: int) -> None:
+        """Add `count` free blocks behind the last one; ids in use stay as they are."""
+        end = self.count
+        self.count += count
+        self.free += count
+        self._references += [0] * count
+        start = self._start_of.pop(end, end)
+        length = count + (self._length_at.pop(start) if start < end else 0)
+        self._length_at[start] = length
+        self._start_of[start + length] = start
+
     def _carve(self, start: int, count: int) -> list[int]:
         """Take up to `count` ids from the free interval that begins at `start`."""
         length = self._length_at.pop(start)

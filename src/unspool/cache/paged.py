@@ -46,7 +46,7 @@ def refuse_if_too_large(size: int, device: torch.device) -> None:
     if size > have:
         raise OutOfMemory(
             f"keys and values need {size / 2**30:.1f} GiB and {device} has {have / 2**30:.1f} GiB; "
-            "lower max_new_tokens (or max_length), the number of prompts or num_return_sequences"
+            "lower max_new_tokens (or max_length), the number of prompts, num_return_sequences or num_beams"
         )
 
 
@@ -142,6 +142,41 @@ class PagedStore:
                 self._copy_blocks(group, source.blocks[index][:used], target.blocks[index][:used])
             target.computed = source.computed
 
+    def reparent(self, rows: Sequence[Row], parents: Sequence[int]) -> None:
+        """Make every row of `rows` a fork of the row at place `parents[i]` among them (itself where that is `i`).
+
+        Full blocks are shared by reference. A block that is partly filled, and so about to be written, stays with one
+        of the rows that refer to it, and the others get copies, all in one operation per layer; where no block is free
+        for one, it stays shared until `extend` copies it. Blocks beyond what the parent has computed are dropped.
+        """
+        before = [(row.computed, row.blocks) for row in rows]
+        moved = [i for i, parent in enumerate(parents) if parent != i]
+        for i in moved:
+            computed, tables = before[parents[i]]
+            used = self.blocks_for(computed)
+            rows[i].computed, rows[i].blocks = computed, [table[:used] for table in tables]
+            for pool, table in zip(self.blocks, rows[i].blocks, strict=True):
+                pool.share(table)
+        for i in moved:
+            for pool, table in zip(self.blocks, before[i][1], strict=False):  # a row may have come without any
+                pool.drop(table)
+        self._part_tails([row for row in rows if row.computed % self.block_size])
+
+    def _part_tails(self, rows: Sequence[Row]) -> None:
+        """Give each row, whose last used block is partly filled, that block for itself."""
+        for index, pool in enumerate(self.blocks):
+            sources: list[int] = []
+            targets: list[int] = []
+            for row in rows:
+                table, last = row.blocks[index], row.computed // self.block_size
+                taken = pool.take(1) if pool.references(table[last]) > 1 else None
+                if taken is not None:
+                    sources.append(table[last])
+                    targets += taken
+                    pool.drop([table[last]])
+                    table[last] = taken[0]
+            self._copy_blocks(self.groups[index], sources, targets)
+
     def compact(self, live: Sequence[Row], ended: Sequence[Row]) -> None:
         """Move live rows into lower blocks that ended rows held, so that the live ones lie side by side again.
 
@@ -171,17 +206,44 @@ class PagedStore:
         row.computed = tokens
 
     def enlarge(self, rows: Sequence[Row], tokens: int) -> None:
-        """Lay all of the store's rows out anew, each with room for `tokens` tokens, keeping order and contents.
+        """Make room so that each of the store's `rows` can be extended to `tokens` tokens.
 
-        Works layer by layer, so that memory for one layer is all it needs besides the larger store.
+        Rows with blocks of their own are laid out anew, in order, each as one run. Rows that share blocks keep their
+        tables, and the store gets more blocks. Works layer by layer, so that memory for one layer is all it needs
+        besides the larger store.
 
         Raises:
             OutOfMemory: the larger store does not fit on the device.
         """
+        if any(
+            pool.references(b) > 1 for row in rows for pool, t in zip(self.blocks, row.blocks, strict=True) for b in t
+        ):
+            self._append(rows, tokens)
+        else:
+            self._lay_out(rows, tokens)
+
+    def _append(self, rows: Sequence[Row], tokens: int) -> None:
+        """Add blocks behind the last: what rows of `tokens` tokens need more, and one for each block to be unshared."""
         need = self.blocks_for(tokens)
-        element = next(iter(self.keys.values()))
-        per_token = sum(group.bytes_per_token(element.dtype.itemsize) for group in self.groups)
-        refuse_if_too_large(per_token * len(rows) * need * self.block_size, element.device)
+        more = 0
+        for index, pool in enumerate(self.blocks):
+            tables = [(row.blocks[index], row.computed // self.block_size) for row in rows]
+            shared = sum(pool.references(block) > 1 for table, first in tables for block in table[first:])
+            more = max(more, shared + sum(max(0, need - len(table)) for table, _ in tables))
+        self._refuse_if_too_large(self.blocks[0].count + more)
+        for layer in self.keys:
+            for pools in (self.keys, self.values):
+                old = pools[layer]
+                new = allocate((old.shape[0] + more * self.block_size, *old.shape[1:]), old.dtype, old.device)
+                new[: old.shape[0]] = old
+                pools[layer] = new
+        for pool in self.blocks:
+            pool.grow(more)
+
+    def _lay_out(self, rows: Sequence[Row], tokens: int) -> None:
+        """Lay rows out anew, each as one run with room for `tokens` tokens, keeping order and contents."""
+        need = self.blocks_for(tokens)
+        self._refuse_if_too_large(len(rows) * need)
         order = sorted(rows, key=lambda row: row.blocks[0][0])
         tables = [list(range(i * need, (i + 1) * need)) for i in range(len(order))]
         for index, group in enumerate(self.groups):
@@ -203,6 +265,11 @@ class PagedStore:
         for index, table in enumerate(row.blocks):
             self.blocks[index].drop(table)
         row.blocks = []
+
+    def _refuse_if_too_large(self, blocks: int) -> None:
+        pool = next(iter(self.keys.values()))
+        per_token = sum(group.bytes_per_token(pool.dtype.itemsize) for group in self.groups)
+        refuse_if_too_large(per_token * blocks * self.block_size, pool.device)
 
     def _grow(self, row: Row, tokens: int) -> bool:
         if not row.blocks:

@@ -13,7 +13,7 @@ from unspool.cli.text import Clock, Printer, Text, complete, continuation, dim, 
 
 if TYPE_CHECKING:
     from unspool.config import GenerationConfig
-    from unspool.generate.outputs import GenerateDecoderOnlyOutput
+    from unspool.generate.outputs import GenerateOutput
     from unspool.tokenization import BatchEncoding, Tokenizer
 
 __all__ = ["Request", "run"]
@@ -79,7 +79,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, request: Request) -> BatchEncodin
 
 
 def _texts(
-    output: GenerateDecoderOnlyOutput,
+    output: GenerateOutput,
     prompt_ids: list[int],
     tokenizer: Tokenizer,
     settings: dict[str, Any],

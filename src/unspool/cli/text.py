@@ -14,7 +14,7 @@ from unspool.cli.run import UsageError, note
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unspool.generate.outputs import GenerateDecoderOnlyOutput
+    from unspool.generate.outputs import GenerateOutput
     from unspool.hub import CausalLM
     from unspool.tokenization import BatchEncoding, Tokenizer
 
@@ -73,9 +73,9 @@ def complete(
     settings: dict[str, Any],
     clock: Clock,
     past: Any = None,
-) -> GenerateDecoderOnlyOutput:
+) -> GenerateOutput:
     """Run one generation call and return all there is to know of it."""
-    from unspool.generate.outputs import GenerateDecoderOnlyOutput
+    from unspool.generate.outputs import GenerateOutput
 
     output = model.generate(
         **inputs.to(model.device),
@@ -85,7 +85,7 @@ def complete(
         past_key_values=past,
         return_dict_in_generate=True,
     )
-    assert isinstance(output, GenerateDecoderOnlyOutput)
+    assert isinstance(output, GenerateOutput)
     return output
 
 
@@ -116,7 +116,7 @@ def continuation(
     from unspool.streaming import IncrementalDetokenizer
 
     end = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-    while end == len(ids) > 1 and pad not in ends and ids[-1] == pad:
+    while end == len(ids) > 1 and (ids[-1] < 0 or (pad not in ends and ids[-1] == pad)):  # beams may fill with -1
         ids, end = ids[:-1], end - 1
     detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True, prompt_ids=prompt_ids)
     return Text(detokenizer.push(ids[:end]) + detokenizer.finish(), end, reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unspool.attention.reference import PagedAttention
+from unspool.attention.registry import paged_attention
 from unspool.cache.paged import PagedStore
 from unspool.decode.sequence import Group, Work
 from unspool.models.base import Batch, ModelSpec
@@ -49,7 +49,7 @@ def build_batch(
     return Batch(
         tokens=tokens,
         positions=torch.tensor(positions, device=device),
-        attend=PagedAttention(store, rows, feeds, weights),
+        attend=paged_attention(store, rows, feeds, weights),
         keep=_kept(work, device),
         extents=extents,
         trace=trace,

@@ -57,6 +57,7 @@ class Loop:
         scheduler: says what to feed.
         twins: for each row, the row whose prompt it shares (itself where it shares none), when the scheduler feeds only
             the latter in the prompt's steps; the others get copies of its keys, values and logits.
+        forks: the others refer to its blocks instead of copying them.
         in_step: commit each step before the next is planned, because something on the host must see it first.
         watch: called after each step with attention weights and hidden states.
     """
@@ -70,6 +71,7 @@ class Loop:
         *,
         device: torch.device,
         twins: list[Sequence] | None = None,
+        forks: bool = False,
         in_step: bool = False,
         watch: Watch | None = None,
     ) -> None:
@@ -80,14 +82,14 @@ class Loop:
         self.device = device
         self.in_step = in_step or device.type == "cpu"
         self._twins = twins
+        self._forks = forks
         self._watch = watch
         self._flight: Flight | None = None
 
     def run(self) -> None:
-        """Step until the scheduler has nothing to feed and nothing is in flight."""
-        with torch.inference_mode():
-            while self.step():
-                pass
+        """Step until the scheduler has nothing to feed and nothing is in flight. The caller turns gradients off."""
+        while self.step():
+            pass
 
     def step(self) -> bool:
         """Launch the next step and commit the one before (or, in step, itself); `False` when nothing was left to do."""
@@ -104,6 +106,8 @@ class Loop:
         for row, feed, _ in work:
             if not self.store.extend(row, feed):
                 self.store.enlarge([row for row in self.group.rows if row.blocks], 2 * (row.computed + feed))
+                made = self.store.extend(row, feed)
+                assert made, "enlarge makes room for every row"
         weights: list[list[Tensor]] | None = None if self._watch is None else []
         trace: list[Tensor] | None = None if self._watch is None else []
         batch = build_batch(work, self.group, self.store, self.model.spec, self.device, weights, trace)
@@ -125,13 +129,12 @@ class Loop:
         """Give the rows that share a leader's prompt its keys, values and logits."""
         assert self._twins is not None
         place = {id(leader): i for i, leader in enumerate(leaders)}
-        for leader in leaders:
-            followers = [
-                row
-                for row, other in zip(self.group.rows, self._twins, strict=True)
-                if other is leader and row is not leader
-            ]
-            self.store.copy(leader, followers)
+        if self._forks:
+            self.store.reparent(self.group.rows, [other.row for other in self._twins])
+        else:
+            pairs = list(zip(self.group.rows, self._twins, strict=True))
+            for leader in leaders:
+                self.store.copy(leader, [row for row, other in pairs if other is leader and row is not leader])
         index = torch.tensor([place[id(other)] for other in self._twins], device=self.device)
         self._twins = None
         return self.group.rows, logits.index_select(0, index)
@@ -161,4 +164,14 @@ class Loop:
     def _commit(self, flight: Flight) -> None:
         for row in flight.rows:
             row.pending -= 1
+        if flight.choice.parents is not None:
+            self._fork(flight.rows, flight.choice.parents.tolist())
         self.group.sink.commit(flight.rows, flight.tokens(), flight.choice)
+
+    def _fork(self, rows: list[Sequence], parents: list[int]) -> None:
+        """Make each row what its parent is, in tokens and in what is stored."""
+        tokens = [row.tokens for row in rows]
+        self.store.reparent(rows, parents)
+        for i, parent in enumerate(parents):
+            if parent != i:
+                rows[i].tokens = list(tokens[parent])

@@ -33,6 +33,8 @@ class StaticScheduler:
         recompute_past: see `ModelSpec`; needs every step committed before the next is planned.
         keep_finished: go on feeding rows that ended until all have, for callers that need every row in every step.
         keep_stored: leave the keys and values of rows that ended alone.
+        forks: rows refer to each other's blocks, so that they have no places of their own: work is in the order of
+            their numbers, and rows that end drop their blocks.
     """
 
     def __init__(
@@ -46,14 +48,17 @@ class StaticScheduler:
         recompute_past: int | None = None,
         keep_finished: bool = False,
         keep_stored: bool = False,
+        forks: bool = False,
     ) -> None:
         self._store = store
         self._steps = steps
         self._recompute_past = recompute_past
         self._keep_finished = keep_finished
         self._keep_stored = keep_stored
-        self._rows = sorted(group.rows, key=_place)
-        self._leaders = self._rows if leaders is None else sorted(leaders, key=_place)
+        self._forks = forks
+        order = _number if forks else _place
+        self._rows = sorted(group.rows, key=order)
+        self._leaders = self._rows if leaders is None else sorted(leaders, key=order)
         self._left = max(row.known - row.computed for row in self._leaders)
         self._chunk = self._left if chunk is None else chunk
 
@@ -68,10 +73,18 @@ class StaticScheduler:
         if len(live) == len(self._rows) or self._keep_finished:
             return self._next_tokens(self._rows)
         if not self._keep_stored:
-            self._store.compact(live, [row for row in self._rows if row.finish is not None])
-            live.sort(key=_place)
+            self._give_up([row for row in self._rows if row.finish is not None], live)
         self._rows = live
         return self._next_tokens(live)
+
+    def _give_up(self, ended: list[Sequence], live: list[Sequence]) -> None:
+        """Let go of what rows that ended have stored, for the good of the live ones."""
+        if self._forks:
+            for row in ended:
+                self._store.release(row)
+        else:
+            self._store.compact(live, ended)
+            live.sort(key=_place)
 
     def _next_tokens(self, rows: list[Sequence]) -> list[Work]:
         limit = self._recompute_past
@@ -92,3 +105,7 @@ class StaticScheduler:
 def _place(row: Sequence) -> int:
     """First block of a row: where it lies in the store."""
     return row.blocks[0][0]
+
+
+def _number(row: Sequence) -> int:
+    return row.row

@@ -16,7 +16,7 @@ class Sequence:
 
     Attributes:
         row: the row's number in its group.
-        tokens: prompt and committed output. Owner: `Group.commit`.
+        tokens: prompt and committed output. Owner: the sink, which appends; the loop when a row is forked.
         computed: how many tokens' keys and values are stored, those of a launched step included. Owner: the loop.
         pending: tokens chosen on the device and not yet committed. Owner: the loop.
         blocks: block table per layer group. Owner: the store.
@@ -55,11 +55,16 @@ class Choice:
         tokens: `[rows]` int64; -1 for a row whose scores held no number to choose.
         scores: `[rows, vocab]` fp32, processed; `None` unless the chooser was asked to keep them.
         logits: `[rows, vocab]` fp32, as the model gave them; likewise.
+        parents: `[rows]` int64, the place among these rows of the one that each continues; `None` where each continues
+            itself. Needs every step committed before the next is planned.
+        ended: `[rows]` bool, rows that the chooser itself ends; `None` where that is the sink's decision alone.
     """
 
     tokens: Tensor
     scores: Tensor | None = None
     logits: Tensor | None = None
+    parents: Tensor | None = None
+    ended: Tensor | None = None
 
 
 class Chooser(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unspool.attention.reference import PagedAttention
+from unspool.attention.registry import paged_attention
 from unspool.cache import PagedStore
 from unspool.decode.sequence import Sequence
 from unspool.models.base import Batch, Model
@@ -22,7 +22,7 @@ def find_fault(model: Model, row: Sequence) -> str:
     batch = Batch(
         tokens=tokens,
         positions=torch.arange(len(row.tokens), device=model.device),
-        attend=PagedAttention(store, [probe], [len(row.tokens)]),
+        attend=paged_attention(store, [probe], [len(row.tokens)]),
         keep=torch.tensor([len(row.tokens) - 1], device=model.device),
         extents=torch.full_like(tokens, len(row.tokens)) if model.spec.needs_extents else None,
         trace=trace,

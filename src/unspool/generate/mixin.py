@@ -11,11 +11,13 @@ from torch import Tensor
 from unspool.cache import PastKeyValues
 from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
 from unspool.errors import Unsupported
+from unspool.generate.beams import beam_filler
 from unspool.generate.inputs import Prompts, read_prompts
-from unspool.generate.outputs import GenerateDecoderOnlyOutput
-from unspool.generate.recorder import Limits, Stream
+from unspool.generate.outputs import GenerateOutput
+from unspool.generate.recorder import Limits
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import StaticCall
+from unspool.generate.stream import Stream
 from unspool.logits import build_processors
 from unspool.models.base import Model
 from unspool.stopping import (
@@ -51,8 +53,8 @@ class GenerationMixin:
         negative_prompt_attention_mask: Tensor | None = None,
         custom_generate: str | Callable[..., Any] | None = None,
         **kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Continue prompts: greedily, or by sampling with `do_sample=True`.
+    ) -> Tensor | GenerateOutput:
+        """Continue prompts: greedily, or by sampling with `do_sample=True`; with beams, either, where `num_beams > 1`.
 
         Args:
             inputs: prompts, `[rows, columns]` token ids; also as `input_ids=`. Lists of ids of any lengths are taken
@@ -61,14 +63,16 @@ class GenerationMixin:
             logits_processor: processors of your own, run with the configured ones.
             stopping_criteria: criteria of your own, asked with the configured ones.
             prefix_allowed_tokens_fn: `(row, tokens so far) -> allowed token ids` for every step.
-            streamer: gets the prompt, then every step's tokens, then `end()`; when the call fails, `fail(error)`.
+            streamer: gets the prompt, then every step's tokens, then `end()`; when the call fails, `fail(error)`. With
+                beams it has a row for each prompt, and gets tokens once everything that may become its best output
+                begins with them.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
                 `tokenizer` (for `stop_strings`).
 
         Returns:
-            `[rows * num_return_sequences, columns]` int64 ids, prompts included, or a `GenerateDecoderOnlyOutput` with
-            `return_dict_in_generate=True`.
+            `[rows * num_return_sequences, columns]` int64 ids, prompts included, or a `GenerateDecoderOnlyOutput`
+            (`GenerateBeamDecoderOnlyOutput` with beams) with `return_dict_in_generate=True`.
 
         Raises:
             ValueError, TypeError: an argument that cannot be right, before any work is done.
@@ -136,7 +140,8 @@ class GenerationMixin:
             eos=eos,
         )
         past = _read_past(arguments.past_key_values, prompts)
-        copies = int(config.num_return_sequences or 1)
+        beams = int(config.num_beams or 1)
+        copies = beams if beams > 1 else int(config.num_return_sequences or 1)
         expanded = prompts.expand(copies) if copies > 1 else prompts
         columns = expanded.rectangle.shape[1]
         lengths = effective_lengths(
@@ -156,7 +161,7 @@ class GenerationMixin:
             encoder_input_ids=prompts.rectangle,
             padding_lengths=expanded.padding(),
         )
-        filler = pad if pad is not None else eos[0] if eos else 0
+        filler = beam_filler(pad, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
         return StaticCall(
             model=self,
             config=config,
@@ -165,7 +170,7 @@ class GenerationMixin:
             processors=processors,
             limits=self._limits(config, stopping_criteria, arguments.tokenizer, eos),
             filler=filler,
-            stream=_open_stream(streamer, expanded),
+            stream=None if streamer is None else Stream(streamer, prompts if beams > 1 else expanded),
             past=past,
             foreign=bool(logits_processor or stopping_criteria or prefix_allowed_tokens_fn),
         )
@@ -211,7 +216,6 @@ def _refuse(**given: Any) -> None:
 
 # Settings of modes that are still to come, with the value that leaves them off.
 _MODES: dict[str, Any] = {
-    "num_beams": 1,
     "num_beam_groups": 1,
     "penalty_alpha": None,
     "dola_layers": None,
@@ -250,15 +254,3 @@ def _read_past(past: Any, prompts: Prompts) -> PastKeyValues | None:
     if len(past) != len(prompts.tokens):
         raise ValueError(f"past_key_values holds {len(past)} rows and input_ids {len(prompts.tokens)}")
     return past
-
-
-def _open_stream(streamer: Any, prompts: Prompts) -> Stream | None:
-    """Give the streamer its prompt; streamers that know rows also hear which tokens are news."""
-    if streamer is None:
-        return None
-    ids = prompts.rectangle.cpu()
-    if not getattr(streamer, "row_aware", False):
-        streamer.put(ids)
-        return lambda tokens, live: streamer.put(tokens)
-    streamer.put(ids, mask=prompts.mask.cpu().long())
-    return lambda tokens, live: streamer.put(tokens, live=live)

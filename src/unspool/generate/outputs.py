@@ -72,4 +72,35 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     finish_reasons: list[str] | None = None
 
 
-GenerateOutput = GenerateDecoderOnlyOutput
+@dataclass(eq=False, repr=False)
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """Result of beam search or beam sampling with a decoder-only model.
+
+    "Beam rows" are the `num_beams` rows of each prompt, "sequences" the `num_return_sequences` best outputs of each.
+
+    Attributes:
+        sequences: `[sequences, columns]` int64, prompts included, best first; shorter ones are filled up.
+        sequences_scores: `[sequences]` fp32, sum of log probabilities over the length to the power of `length_penalty`,
+            with `output_scores=True`.
+        scores: per step, processed log probabilities `[beam rows, vocab]` (fp32), with `output_scores=True`.
+        logits: per step, the model's logits `[beam rows, vocab]` (fp32), with `output_logits=True`.
+        beam_indices: `[sequences, steps]` int32, the beam row that each token was chosen for; -1 past the end.
+        attentions: per step and layer, `[beam rows, heads, queries, keys]`, with `output_attentions=True`.
+        hidden_states: per step and layer (embeddings first), `[beam rows, queries, hidden]`, with
+            `output_hidden_states=True`.
+        past_key_values: always `None`: the rows that ran last need not be those that are returned.
+        finish_reasons: per sequence, `"stop"` or `"length"`.
+    """
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: PastKeyValues | None = None
+    finish_reasons: list[str] | None = None
+
+
+GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput

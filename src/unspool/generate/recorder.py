@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,15 +12,8 @@ from torch import Tensor
 from unspool.decode.choose.sample import Rectangle
 from unspool.decode.sequence import Choice, Sequence, Work
 from unspool.errors import NonFiniteLogits
+from unspool.generate.stream import Stream
 from unspool.stopping import StoppingCriteriaList
-
-
-class Stream(Protocol):
-    """A streamer, as far as the recorder drives it."""
-
-    def __call__(self, tokens: Tensor, live: list[bool]) -> None:
-        """Take one step's tokens `[rows]` and which rows they are news for."""
-        ...
 
 
 @dataclass(slots=True)
@@ -44,6 +37,20 @@ class Kept:
 
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
+
+    def add(self, choice: Choice) -> None:
+        """Keep what is asked for of one step's choice."""
+        if self.scores is not None and choice.scores is not None:
+            self.scores.append(choice.scores)
+        if self.logits is not None and choice.logits is not None:
+            self.logits.append(choice.logits)
+
+
+def refuse_nothing(row: Sequence, find_fault: Callable[[Sequence], str]) -> NoReturn:
+    """Raise `NonFiniteLogits` for a row whose scores held no number to choose."""
+    raise NonFiniteLogits(
+        f"row {row.row}: no token can be chosen at position {len(row.tokens)}; {find_fault(row)}", row=row.row
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -83,19 +90,13 @@ class Recorder:
                     row.tokens.append(self.history.filler)
                 continue
             if token < 0:
-                raise NonFiniteLogits(
-                    f"row {row.row}: no token can be chosen at position {len(row.tokens)}; {self.find_fault(row)}",
-                    row=row.row,
-                )
+                refuse_nothing(row, self.find_fault)
             row.tokens.append(token)
             if token in self.limits.eos:
                 row.finish = "stop"
             elif full:
                 row.finish = "length"
-        if self.kept.scores is not None and choice.scores is not None:
-            self.kept.scores.append(choice.scores)
-        if self.kept.logits is not None and choice.logits is not None:
-            self.kept.logits.append(choice.logits)
+        self.kept.add(choice)
         if self.limits.criteria:
             self._ask_criteria(live)
         if self.stream is not None:
@@ -116,7 +117,7 @@ class Recorder:
             news[row.row] = row.tokens[-1]
             flags[row.row] = True
         if any(flags):
-            self.stream(news, flags)
+            self.stream.step(news, flags)
 
 
 class Tracer:
@@ -124,17 +125,23 @@ class Tracer:
 
     Hidden states become `[rows, queries, hidden]` and attentions `[rows, heads, queries, keys]`; a row's true tokens
     stand at the right end, and what would be padding is zero.
+
+    Args:
+        rows: rows of the call.
+        copies: rows that share each prompt; where only the first of them is fed, it stands for all.
+        heads, hidden: whether to keep attentions, hidden states.
     """
 
-    def __init__(self, rows: int, heads: bool, hidden: bool) -> None:
+    def __init__(self, rows: int, copies: int, heads: bool, hidden: bool) -> None:
         self.attentions: list[tuple[Tensor, ...]] | None = [] if heads else None
         self.hidden_states: list[tuple[Tensor, ...]] | None = [] if hidden else None
         self._rows = rows
+        self._copies = copies
         self._chunks: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
 
     def __call__(self, work: list[Work], weights: list[list[Tensor]], trace: list[Tensor]) -> None:
         """Take one step's attention weights (per layer, per row) and hidden states (per layer)."""
-        order = [item.seq.row for item in work]
+        order = [self._places(item.seq.row, work) for item in work]
         feeds = [item.feed for item in work]
         heads = tuple(self._pad_weights(layer, order) for layer in weights)
         hidden = tuple(self._pad_hidden(layer, order, feeds) for layer in trace)
@@ -147,18 +154,23 @@ class Tracer:
         if self.hidden_states is not None:
             self.hidden_states.append(tuple(torch.cat(layer, 1) for layer in zip(*(c[1] for c in chunks), strict=True)))
 
-    def _pad_weights(self, layer: list[Tensor], order: list[int]) -> Tensor:
+    def _places(self, row: int, work: list[Work]) -> slice:
+        """The rows that what is seen of `row` is for."""
+        leaders = all(item.seq.row % self._copies == 0 for item in work)
+        return slice(row, row + (self._copies if leaders else 1))
+
+    def _pad_weights(self, layer: list[Tensor], order: list[slice]) -> Tensor:
         queries = max(row.shape[1] for row in layer)
         keys = max(row.shape[2] for row in layer)
         out = layer[0].new_zeros(self._rows, layer[0].shape[0], queries, keys)
-        for number, row in zip(order, layer, strict=True):
-            out[number, :, queries - row.shape[1] :, keys - row.shape[2] :] = row
+        for places, row in zip(order, layer, strict=True):
+            out[places, :, queries - row.shape[1] :, keys - row.shape[2] :] = row
         return out
 
-    def _pad_hidden(self, layer: Tensor, order: list[int], feeds: list[int]) -> Tensor:
+    def _pad_hidden(self, layer: Tensor, order: list[slice], feeds: list[int]) -> Tensor:
         out = layer.new_zeros(self._rows, max(feeds), layer.shape[-1])
-        for number, row in zip(order, torch.split(layer, feeds), strict=True):
-            out[number, out.shape[1] - row.shape[0] :] = row
+        for places, row in zip(order, torch.split(layer, feeds), strict=True):
+            out[places, out.shape[1] - row.shape[0] :] = row
         return out
 
 

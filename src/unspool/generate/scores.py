@@ -41,7 +41,7 @@ def compute_transition_scores(
         ended = torch.zeros_like(origin, dtype=torch.bool)
     else:
         steps = int((beam_indices >= 0).sum(dim=1).max())
-        origin = beam_indices[:, :steps]
+        origin = beam_indices[:, :steps].long()
         ended = origin < 0
         origin = origin.clamp_min(0)
     steps = origin.shape[1]

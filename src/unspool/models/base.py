@@ -31,7 +31,7 @@ class ModelSpec:
         max_positions: positions the model was made for (tokens of prompt and output together).
         hard_limit: positions past `max_positions` do not exist (a learned table), rather than being merely untrained.
         needs_extents: the rotary angles depend on the row's length (dynamic NTK, longrope): fill `Batch.extents`.
-        recompute_past: length past which a row's stored keys no longer fit (longrope changes its wavelengths there): the
+        recompute_past: length past which a row's stored keys no longer fit (longrope changes wavelengths there): the
             row is then computed anew, once; `None` when they always fit.
     """
 

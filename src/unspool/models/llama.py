@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unspool.models.base import Attend, Batch, Model, ModelSpec
-from unspool.models.layers.activation import activation
+from unspool.models.layers.activation import gated
 from unspool.models.layers.embedding import Embedding
 from unspool.models.layers.linear import Linear
 from unspool.models.layers.norm import RMSNorm
@@ -91,13 +91,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up = Linear(config.hidden_size, config.inner_size, config.inner_size, bias=config.mlp_bias)
         self.down = Linear(config.inner_size, config.hidden_size, bias=config.mlp_bias)
-        self.act = activation(config.act)
+        self.gated = gated(config.act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform `x` `[tokens, hidden]`."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        gate = self.act(gate)
-        out: Tensor = self.down(gate * up if torch.is_grad_enabled() else gate.mul_(up))
+        out: Tensor = self.down(self.gated(self.gate_up(x)))
         return out
 
 
@@ -114,8 +112,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
         """Apply the layer to the residual stream `x` `[tokens, hidden]`."""
-        x = add(x, self.attention(self.attention_norm(x), turn, attend), self.multiplier)
-        return add(x, self.mlp(self.mlp_norm(x)), self.multiplier)
+        branch = scale(self.attention(self.attention_norm(x), turn, attend), self.multiplier)
+        x, normal = self.mlp_norm.of_sum(x, branch)
+        return add(x, scale(self.mlp(normal), self.multiplier))
 
 
 class NormAfterBlock(Block):
@@ -123,15 +122,20 @@ class NormAfterBlock(Block):
 
     def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
         """Apply the layer to the residual stream `x` `[tokens, hidden]`."""
-        x = add(x, self.attention_norm(self.attention(x, turn, attend)), self.multiplier)
-        return add(x, self.mlp_norm(self.mlp(x)), self.multiplier)
+        x = add(x, scale(self.attention_norm(self.attention(x, turn, attend)), self.multiplier))
+        return add(x, scale(self.mlp_norm(self.mlp(x)), self.multiplier))
 
 
-def add(stream: Tensor, branch: Tensor, multiplier: float) -> Tensor:
-    """`stream + branch * multiplier`, written over `branch` where no gradient needs it; `stream` stays as it is."""
-    if torch.is_grad_enabled():
-        return stream + (branch if multiplier == 1.0 else branch * multiplier)
-    return (branch if multiplier == 1.0 else branch.mul_(multiplier)).add_(stream)
+def scale(branch: Tensor, multiplier: float) -> Tensor:
+    """`branch * multiplier`, in place where no gradient needs it."""
+    if multiplier == 1.0:
+        return branch
+    return branch * multiplier if torch.is_grad_enabled() else branch.mul_(multiplier)
+
+
+def add(stream: Tensor, branch: Tensor) -> Tensor:
+    """`stream + branch`, written over `branch` where no gradient needs it; `stream` stays as it is."""
+    return stream + branch if torch.is_grad_enabled() else branch.add_(stream)
 
 
 class Llama(Model):

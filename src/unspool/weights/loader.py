@@ -66,8 +66,8 @@ def load_model(
         device: where the weights go.
         progress: show a bar on stderr; `None` shows it on a terminal when loading takes more than two seconds.
         config_overrides: replace entries of `config.json`.
-        pack: on a CPU, exchange weights for oneDNN's own layout. Batches of 8 to 32 rows decode up to 1.7 times as fast
-            and fp32 at any size, one row in bf16 up to a quarter slower. Takes a second or more per GB.
+        pack: on a CPU, exchange weights for layouts that multiply faster, bf16 for that of our own kernels where the
+            processor has AVX-512 BF16, else bf16 and fp32 for oneDNN's. Takes up to a second per GB.
 
     Raises:
         CheckpointError: the folder does not hold the model it promises; the message names the file or tensor.

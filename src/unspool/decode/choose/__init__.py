@@ -1,1 +1,1 @@
-"""How the next tokens are decided from logits: one file per way. `sample`: greedy and multinomial."""
+"""How the next tokens are decided from logits: one file per way. `sample`: greedy and multinomial; `beam`: beams."""

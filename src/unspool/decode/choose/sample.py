@@ -63,7 +63,7 @@ class GlobalNoise:
 
 
 class SeededNoise:
-    """Draws from a generator keyed by (seed, sample, position): a prompt gets the same text whatever else is in the batch.
+    """Draws from a generator keyed by (seed, sample, position): a prompt gets the same text in any company.
 
     Args:
         seed: the caller's.

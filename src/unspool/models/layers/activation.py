@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from unspool.errors import CheckpointError
+from unspool.kernels.elementwise import silu_gate
 
-__all__ = ["activation"]
+__all__ = ["activation", "gated"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -34,3 +36,19 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     except KeyError:
         known = ", ".join(sorted(_ACTIVATIONS))
         raise CheckpointError(f"config.json asks for the activation {name!r}; known are {known}") from None
+
+
+def gated(name: str) -> Callable[[Tensor], Tensor]:
+    """The function `act(gate) * up` of `[rows, 2 * width]`, each row of which is a gate and then `up`.
+
+    Raises:
+        CheckpointError: the name is unknown.
+    """
+    act = activation(name)
+    return silu_gate if act is F.silu else partial(_gated, act)
+
+
+def _gated(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    gate = act(gate)
+    return gate * up if torch.is_grad_enabled() else gate.mul_(up)

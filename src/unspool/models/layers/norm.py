@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from unspool.kernels.elementwise import add_rms_norm, rms_norm
 
 __all__ = ["RMSNorm"]
 
@@ -24,12 +25,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` `[..., width]`."""
-        width = self.weight.shape[0]
-        if x.numel() != width or x.dtype == torch.float32 or torch.is_grad_enabled() or x.device.type != "cpu":
-            return F.rms_norm(x, (width,), self.weight, self.eps)
-        # One row: the calls cost more than the numbers, and the layer norm of (x, -x), whose mean is 0, needs fewer.
-        mirrored = F.layer_norm(torch.cat((x, x.neg()), dim=-1), (2 * width,), None, None, self.eps)
-        return mirrored[..., :width] * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """`x + branch` and its norm; the sum is written over `branch` where no gradient needs it."""
+        return add_rms_norm(x, branch, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """Width and epsilon, for `print(model)`."""

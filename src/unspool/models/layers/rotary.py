@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unspool.errors import CheckpointError
+from unspool.kernels import elementwise
 
 __all__ = ["Rope", "Rotary", "Turn", "rotate"]
 
@@ -131,14 +132,11 @@ class Rotary:
 
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:
-    """Turn `x` `[tokens, heads, head_dim]`: element `i` of the first half pairs with element `i` of the second."""
-    width = turn.cos.shape[-1]
-    if width < x.shape[-1]:
-        return torch.cat((rotate(x[..., :width], turn), x[..., width:]), dim=-1)
-    swapped = x.roll(width // 2, -1)
-    if torch.is_grad_enabled():
-        return x * turn.cos + swapped * turn.sin
-    return swapped.mul_(turn.sin).addcmul_(x, turn.cos)
+    """Turn `x` `[tokens, heads, head_dim]`, in place where no gradient needs it.
+
+    Element `i` of the first half pairs with element `i` of the second.
+    """
+    return elementwise.turn(x, turn.cos, turn.sin)
 
 
 def _first(*values: Any) -> Any:

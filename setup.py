@@ -1,0 +1,44 @@
+"""Adds the compiled CPU kernels to the build that `pyproject.toml` describes; where they do not build, PyTorch serves.
+
+In a checkout, `python setup.py build_ext --inplace` builds them anew.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path("src/unspool/kernels")
+# No -march: each function names the instructions it needs, and is called where the processor has them.
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-g0", "-Wextra", "-Wno-uninitialized"]
+
+
+class Build(build_ext):
+    """Names the library after no version of Python: it is plain C to whoever loads it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return "/".join(fullname.split(".")) + ".so"
+
+
+class Wheel(bdist_wheel):
+    """One wheel for every Python on a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "unspool.kernels._native",
+            sources=sorted(map(str, KERNELS.glob("*.cpp"))),
+            depends=sorted(map(str, KERNELS.glob("*.h"))),
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)

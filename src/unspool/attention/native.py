@@ -1,0 +1,47 @@
+"""Attention over the paged store by the compiled kernels, where they are there and fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unspool.attention.context import Span
+from unspool.cache.paged import PagedStore
+from unspool.kernels.attention import Plan, fits
+
+__all__ = ["NativeAttention", "serves"]
+
+
+def serves(store: PagedStore) -> bool:
+    """Whether the kernels can read `store`; they keep no gradients."""
+    keys = next(iter(store.keys.values()))
+    return not torch.is_grad_enabled() and all(
+        fits(keys.dtype, keys.device, group.head_dim, store.block_size) for group in store.groups
+    )
+
+
+class NativeAttention:
+    """One step's attention over a `PagedStore` that the kernels serve; called by every layer in turn.
+
+    Args:
+        store: where keys and values live.
+        rows: the rows of the step; row `i` gets `feeds[i]` new tokens, which the store has made room for.
+    """
+
+    def __init__(self, store: PagedStore, rows: Sequence[Span], feeds: Sequence[int]) -> None:
+        self.store = store
+        lengths = [row.computed + feed for row, feed in zip(rows, feeds, strict=True)]
+        self.plans = [
+            Plan(feeds, lengths, [row.blocks[index] for row in rows], store.block_size, group.window)
+            for index, group in enumerate(store.groups)
+        ]
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """Store `k` and `v`, answer `q`; shapes as in `models.base.Attend`."""
+        store = self.store
+        plan = self.plans[store.group_of[layer]]
+        return plan.attend(q, k, v, store.keys[layer], store.values[layer], scale, softcap)

@@ -1,0 +1,138 @@
+"""Beams in a static call: the chooser made from settings, the sink for its choices, and the output object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unspool.config import GenerationConfig
+from unspool.decode.choose.beam import BeamChooser, BeamRules, Ends
+from unspool.decode.choose.sample import Noise
+from unspool.decode.sequence import Choice, Sequence
+from unspool.generate.inputs import Prompts
+from unspool.generate.outputs import GenerateBeamDecoderOnlyOutput
+from unspool.generate.recorder import Kept, Limits, Tracer, refuse_nothing
+from unspool.generate.stream import Stream
+from unspool.logits import LogitsProcessorList
+
+
+def beam_filler(pad: int | None, eos: list[int]) -> int:
+    """What follows the end of a finished beam, as transformers 5 decides it: 0 as pad counts as none."""
+    return (pad or eos[0]) if eos else -1
+
+
+def beam_chooser(
+    config: GenerationConfig,
+    prompts: Prompts,
+    processors: LogitsProcessorList,
+    limits: Limits,
+    noise: Noise | None,
+    filler: int,
+    kept: Kept,
+    together: bool,
+) -> BeamChooser:
+    """The chooser that `config` asks for; `prompts` has `num_beams` rows for each prompt, side by side."""
+    beams = int(config.num_beams or 1)
+    eos = config.eos_token_id
+    ends = len(eos) if isinstance(eos, list | tuple) else int(eos is not None)
+    columns = prompts.rectangle.shape[1]
+    longest = config.max_length if config.max_length is not None else limits.max_columns
+    rules = BeamRules(
+        beams=beams,
+        candidates=max(2, 1 + ends) * beams,
+        length_penalty=1.0 if config.length_penalty is None else float(config.length_penalty),
+        early_stopping=config.early_stopping or False,
+        max_new=int(longest) - columns,
+        filler=filler,
+    )
+    device = prompts.rectangle.device
+    tokens = torch.tensor(sorted(limits.eos), dtype=torch.int64, device=device)
+    return BeamChooser(
+        prompts.rectangle,
+        processors or None,
+        noise,
+        rules,
+        Ends(tokens, limits.max_columns, limits.criteria, kept.scores),
+        together=together,
+        keep_scores=kept.scores is not None,
+        keep_logits=kept.logits is not None,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class BeamRecorder:
+    """The sink of a static group of beams (see `decode.sequence.Sink`).
+
+    Attributes:
+        chooser: knows which outputs are still possible.
+        kept: scores and logits.
+        stream: the streamer's entrance, a row for each prompt, or `None`.
+        find_fault: names the first layer whose output is not finite for a row, for the error message.
+    """
+
+    chooser: BeamChooser
+    kept: Kept
+    stream: Stream | None
+    find_fault: Callable[[Sequence], str]
+    _sent: list[int] = field(init=False)
+    _ended: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sent = [0] * len(self.chooser.places)
+        self._ended = [False] * len(self.chooser.places)
+
+    def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
+        """Append, end rows, stream; raises `NonFiniteLogits` for a row without a choice."""
+        assert choice.ended is not None
+        for row, token, ended in zip(rows, tokens, choice.ended.tolist(), strict=True):
+            if token < 0:
+                refuse_nothing(row, self.find_fault)
+            row.tokens.append(token)
+            if ended:
+                row.finish = "stop"
+        self.kept.add(choice)
+        if self.stream is not None:
+            self._put(self.stream, rows)
+
+    def _put(self, stream: Stream, rows: list[Sequence]) -> None:
+        """Stream what has become certain of each prompt's best output."""
+        news: list[list[int]] = [[] for _ in self._sent]
+        for place, row in enumerate(rows[:: self.chooser.rules.beams]):
+            prompt = self.chooser.places[place]
+            self._ended[prompt] = row.finish is not None
+            news[prompt] = self.chooser.agreed(place, self._sent[prompt], self._ended[prompt])
+            self._sent[prompt] += len(news[prompt])
+        stream.news(news, self._ended, self.chooser.rules.filler)
+
+
+def beam_sequences(chooser: BeamChooser, prompts: Tensor, number: int) -> Tensor:
+    """`[prompts * number, columns]`: the `number` best outputs of each prompt, after it."""
+    tokens = chooser.best(number).tokens.flatten(0, 1)
+    return torch.cat([prompts.repeat_interleave(number, dim=0), tokens], dim=1)
+
+
+def beam_output(
+    chooser: BeamChooser, prompts: Tensor, number: int, limits: Limits, kept: Kept, tracer: Tracer | None
+) -> GenerateBeamDecoderOnlyOutput:
+    """Everything that was recorded, for the `number` best outputs of each prompt."""
+    best = chooser.best(number)
+    lengths = (best.origins >= 0).sum(dim=-1).flatten().tolist()
+    outputs = best.tokens.flatten(0, 1).tolist()
+    full = limits.max_columns - prompts.shape[1]
+    reasons = [
+        "length" if length == full and tokens[length - 1] not in limits.eos else "stop"
+        for tokens, length in zip(outputs, lengths, strict=True)
+    ]
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=beam_sequences(chooser, prompts, number),
+        sequences_scores=best.scores.flatten().clone() if kept.scores is not None else None,
+        scores=None if kept.scores is None else tuple(kept.scores),
+        logits=None if kept.logits is None else tuple(kept.logits),
+        beam_indices=best.origins.flatten(0, 1).clone(),
+        attentions=None if tracer is None or tracer.attentions is None else tuple(tracer.attentions),
+        hidden_states=None if tracer is None or tracer.hidden_states is None else tuple(tracer.hidden_states),
+        finish_reasons=reasons,
+    )

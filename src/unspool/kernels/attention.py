@@ -1,0 +1,161 @@
+"""Attention over paged pools on a CPU, by `attention.cpp`: one call a layer stores the new keys and values and answers.
+
+A row's results are the same bits alone and in company, and on any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unspool.kernels import native
+
+__all__ = ["Plan", "fits"]
+
+_DTYPES = {torch.bfloat16: 2, torch.float32: 4}
+_MOST_DIM = 256
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+# Strides are declared as pointers too, which is the cheaper conversion; both have 64 bits.
+_ARGUMENTS = (_POINTER,) * 2 + (_INT,) * 4 + (_POINTER,) * 9 + (_FLOAT,) * 2 + (_INT,)
+
+
+def fits(dtype: torch.dtype, device: torch.device, dim: int, block_size: int) -> bool:
+    """Whether pools with `dim` numbers in a head and `block_size` tokens in a block can be read."""
+    return (
+        device.type == "cpu"
+        and dtype in _DTYPES
+        and dim % 16 == 0
+        and 0 < dim <= _MOST_DIM
+        and block_size % 16 == 0
+        and native.level() > 0
+    )
+
+
+class Plan:
+    """What one step asks of attention, for all layers whose rows have the same blocks.
+
+    Args:
+        counts: new tokens of each row, in the order of the step's tokens.
+        lengths: tokens of each row, the new ones included.
+        tables: block numbers of each row, for at least as many tokens.
+        block_size: tokens in a block.
+        window: how many tokens a query sees, itself included; `None` sees all before it.
+
+    Raises:
+        ValueError: a table is too short, or a count is not between 1 and its row's length.
+    """
+
+    __slots__ = ("_address", "_memory", "_slots", "_tables", "tokens")
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        lengths: Sequence[int],
+        tables: Sequence[list[int]],
+        block_size: int,
+        window: int | None = None,
+    ) -> None:
+        plan = [len(counts), block_size, window or 0]
+        blocks: list[int] = []
+        highest = place = 0
+        for count, length, table in zip(counts, lengths, tables, strict=True):
+            used = -(-length // block_size)
+            if not 0 < count <= length or used > len(table):
+                raise ValueError(f"{count} new of {length} tokens do not fit {len(table)} blocks of {block_size}")
+            first = table[0]
+            if table[used - 1] == first + used - 1 and table[:used] == list(range(first, first + used)):
+                plan += (place, count, length, first * block_size, 0)
+                lowest, highest = first, max(highest, first + used - 1)
+            else:
+                plan += (place, count, length, -1, len(blocks))
+                table = table[:used]
+                blocks += table
+                lowest, highest = min(table), max(highest, *table)
+            if lowest < 0:
+                raise ValueError(f"block {lowest} does not exist")
+            place += count
+        self.tokens = place
+        self._slots = (highest + 1) * block_size
+        self._memory = np.array(plan + blocks, dtype=np.int64)
+        self._address = self._memory.ctypes.data
+        self._tables = self._address + 8 * len(plan)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """Store the new `k` and `v`, and answer `q` for the rows that have one query.
+
+        Args:
+            q: `[tokens, heads, dim]`.
+            k, v: `[tokens, kv_heads, dim]`.
+            keys, values: pools `[slots, kv_heads, dim]`.
+            scale: multiplies the scores.
+            softcap: bounds them, by `softcap * tanh(score / softcap)`.
+
+        Returns:
+            `[tokens, heads * dim]`; at tokens of rows with several queries, nothing in particular.
+
+        Raises:
+            ValueError: shapes, strides or dtypes do not fit each other or the plan.
+        """
+        tokens, heads, dim = q.shape
+        slots, kv_heads, _ = shape = keys.shape
+        new = (tokens, kv_heads, dim)
+        dtype = q.dtype
+        if (
+            tokens != self.tokens
+            or slots < self._slots
+            or shape[2] != dim
+            or heads % kv_heads
+            or values.shape != shape
+            or k.shape != new
+            or v.shape != new
+            or not dtype == k.dtype == v.dtype == keys.dtype == values.dtype
+            or not (keys.is_contiguous() and values.is_contiguous())
+        ):
+            raise ValueError(
+                f"attention over {tuple(shape)} keys and {tuple(values.shape)} values of {keys.dtype}, with "
+                f"{self._slots} slots in use, cannot take {self.tokens} tokens as {tuple(q.shape)} queries, "
+                f"{tuple(k.shape)} keys and {tuple(v.shape)} values of {dtype}"
+            )
+        q, k, v = _plain(q), _plain(k), _plain(v)
+        out = q.new_empty(tokens, heads * dim)
+        failed = _function()(
+            self._address,
+            self._tables,
+            _DTYPES[dtype],
+            heads,
+            kv_heads,
+            dim,
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            scale,
+            softcap or 0.0,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("attention found no memory for its partial results")
+        return out
+
+
+@cache
+def _function() -> ctypes._NamedFuncPointer:
+    return native.function("unspool_attend", ctypes.c_int, *_ARGUMENTS)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """`x` `[tokens, heads, dim]` with the numbers of a token side by side."""
+    _, stride, step = x.stride()
+    return x if step == 1 and stride == x.shape[2] else x.contiguous()
