@@ -13,7 +13,7 @@ from torch import Tensor
 from unspool.models.base import Batch, Model
 from unspool.weights import load_model
 
-CLOSE = {"atol": 1e-5, "rtol": 0.0}
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 LONGROPE = {
     "partial_rotary_factor": 0.5,
     "max_position_embeddings": 256,
