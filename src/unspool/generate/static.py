@@ -30,10 +30,9 @@ T = TypeVar("T")
 
 # New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.
 _FIRST_ROOM = 1024
-# Prompt tokens computed in one step when the caller names no chunk: enough to keep matrix products at full speed, few
-# enough to bound activations.
-_PROMPT_BUDGET = {"cpu": 2048}
-_PROMPT_BUDGET_ELSEWHERE = 8192
+# Prompt tokens computed in one step when the caller names no chunk: enough to keep matrix products at full speed and
+# ordinary batches whole, few enough to bound activations.
+_PROMPT_BUDGET = 8192
 
 
 @dataclass(slots=True)
@@ -191,10 +190,9 @@ class StaticCall:
         """Columns of prompt per step."""
         if self.config.prefill_chunk_size is not None:
             return int(self.config.prefill_chunk_size)
-        budget = _PROMPT_BUDGET.get(self.model.device.type, _PROMPT_BUDGET_ELSEWHERE)
-        if sum(len(row.tokens) for row in rows[:: self.copies]) <= budget:
+        if sum(len(row.tokens) for row in rows[:: self.copies]) <= _PROMPT_BUDGET:
             return None
-        return max(64, budget // -(-len(rows) // self.copies))
+        return max(64, _PROMPT_BUDGET // -(-len(rows) // self.copies))
 
     def _sequences(self, rows: list[Sequence]) -> Tensor:
         """The rectangle with every row's output to the right of it."""
