@@ -10,8 +10,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("src/unspool/kernels")
-# No -march: each function names the instructions it needs, and is called where the processor has them.
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-g0", "-Wextra", "-Wno-uninitialized"]
+# No -march: each function names the instructions it needs, and is called where the processor has them. Sums of products
+# are fused only where the code says so.
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-g0", "-Wextra", "-Wno-uninitialized"]
 
 
 class Build(build_ext):

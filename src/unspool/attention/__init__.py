@@ -1,3 +1,4 @@
-"""How queries meet stored keys and values: what a step must know (`context`), the PyTorch backend that runs everywhere
-(`reference`), and plain attention over a rectangle without any store (`dense`).
+"""How queries meet stored keys and values. `registry` chooses between the compiled kernels (`native`) and the PyTorch
+backend that runs everywhere (`reference`, with what a step must know for it in `context`); `dense` is plain attention
+over a rectangle without any store.
 """

@@ -24,6 +24,6 @@ def paged_attention(
         rows: the rows of the step; row `i` gets `feeds[i]` new tokens, which the store has made room for.
         weights: a list that collects attention weights, which only PyTorch's backend keeps.
     """
-    if weights is None and max(feeds) == 1 and serves(store):
+    if weights is None and serves(store):
         return NativeAttention(store, rows, feeds)
     return PagedAttention(store, rows, feeds, weights)

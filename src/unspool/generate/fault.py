@@ -19,15 +19,15 @@ def find_fault(model: Model, row: Sequence) -> str:
     probe = Sequence(0, list(row.tokens))
     store.reserve(probe, len(row.tokens))
     trace: list[torch.Tensor] = []
-    batch = Batch(
-        tokens=tokens,
-        positions=torch.arange(len(row.tokens), device=model.device),
-        attend=paged_attention(store, [probe], [len(row.tokens)]),
-        keep=torch.tensor([len(row.tokens) - 1], device=model.device),
-        extents=torch.full_like(tokens, len(row.tokens)) if model.spec.needs_extents else None,
-        trace=trace,
-    )
     with torch.inference_mode():
+        batch = Batch(
+            tokens=tokens,
+            positions=torch.arange(len(row.tokens), device=model.device),
+            attend=paged_attention(store, [probe], [len(row.tokens)]),
+            keep=torch.tensor([len(row.tokens) - 1], device=model.device),
+            extents=torch.full_like(tokens, len(row.tokens)) if model.spec.needs_extents else None,
+            trace=trace,
+        )
         logits = model.step(batch)
     bad = [not bool(hidden.isfinite().all()) for hidden in trace]
     if bad and bad[0]:

@@ -1,9 +1,9 @@
-// Attention of one step over paged pools of keys and values, bf16 or fp32, computed in fp32.
+// Attention over paged pools of keys and values, bf16 or fp32, for rows with one query each, computed in fp32.
 //
-// First every new token's key and value is written to its slot. Then rows with one query are answered: a row's past is
-// cut into chunks of 256 tokens by position, a chunk is answered for each head by itself, and a row's chunks are put
-// together in their order. Nothing of this depends on the other rows or on the number of threads, so a row's results are
-// the same bits alone and in company. A chunk's keys, then its values, are read once, in their order, for all heads.
+// First every row's new key and value is written to its slot. Then a row's past is cut into chunks of 256 tokens by
+// position, a chunk is answered for each head by itself, and a row's chunks are put together in their order. Nothing of
+// this depends on the other rows or on the number of threads, so a row's results are the same bits alone and in company.
+// A chunk's keys, then its values, are read once, in their order, for all heads.
 
 #include "simd.h"
 
@@ -25,14 +25,11 @@ constexpr int kMostHeads = 4;      // query heads worked on at once
 constexpr int kMostParts = 4;      // sixteens of a value vector worked on at once
 constexpr i64 kMostSpan = 32;      // query heads of one thread's work
 constexpr i64 kAhead = 1;          // groups of sixteen tokens to fetch ahead of use
-constexpr i64 kPiece = 64;         // new tokens written at once
 constexpr i64 kSerial = 64 << 10;  // up to so many bytes read, starting threads costs more than it saves
 
-// One row of the step, as Python lays it out.
+// One row, as Python lays it out.
 struct Row {
-    i64 place;   // its first token among the step's
-    i64 count;   // its new tokens
-    i64 length;  // its tokens with the new ones
+    i64 length;  // its tokens with the new one
     i64 run;     // slot of its first token where its blocks are consecutive, else -1
     i64 table;   // else the place of its block numbers in `Step::tables`
 };
@@ -43,7 +40,7 @@ struct Step {
     i64 count, block, window;
     i64 heads, kv_heads, dim;
     const void *q, *k, *v;
-    i64 q_stride, k_stride, v_stride;  // from token to token
+    i64 q_stride, k_stride, v_stride;  // from row to row
     void *keys, *values, *out;
     float scale, softcap;  // softcap 0: none
 
@@ -53,7 +50,7 @@ struct Step {
         if (row.run >= 0) return row.run + position;
         return tables[row.table + position / block] * block + position % block;
     }
-    // The oldest position that the newest token of a row sees.
+    // The oldest position that a row's new token sees.
     i64 oldest(const Row& row) const { return window ? std::max<i64>(0, row.length - window) : 0; }
 };
 
@@ -119,11 +116,19 @@ UNSPOOL_AVX512 inline __m512 fold_sixteen(const __m512 (&x)[4]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-// cap * tanh(x / cap)
+// cap * tanh(x / cap): by the exponential and, near 0, where that loses digits, by the Taylor series.
 UNSPOOL_AVX512 inline __m512 capped(__m512 x, float cap) {
-    const __m512 grown = exponential(_mm512_mul_ps(x, _mm512_set1_ps(2.0f / cap)));
-    const __m512 rest = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(grown, _mm512_set1_ps(1.0f)));
-    return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_sub_ps(_mm512_set1_ps(1.0f), rest));
+    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.0f / cap)), one = _mm512_set1_ps(1.0f);
+    const __m512 grown = _mm512_add_ps(exponential(_mm512_add_ps(y, y)), one);
+    const __m512 far = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), grown));
+    const __m512 square = _mm512_mul_ps(y, y);
+    __m512 near = _mm512_set1_ps(62.0f / 2835);
+    near = _mm512_fmadd_ps(near, square, _mm512_set1_ps(-17.0f / 315));
+    near = _mm512_fmadd_ps(near, square, _mm512_set1_ps(2.0f / 15));
+    near = _mm512_fmadd_ps(near, square, _mm512_set1_ps(-1.0f / 3));
+    near = _mm512_mul_ps(_mm512_fmadd_ps(near, square, one), y);
+    const __mmask16 small = _mm512_cmp_ps_mask(square, _mm512_set1_ps(0.0625f), _CMP_LT_OQ);
+    return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_mask_mov_ps(far, small, near));
 }
 
 // A query times the scale, in parts of lines.
@@ -245,7 +250,7 @@ UNSPOOL_AVX512 void mix(const Step& step, const Chunk& chunk, const Span& span, 
 // The answer of a head to its row's query: its mixed values by the sum of their weights.
 template <class T>
 UNSPOOL_AVX512 void answer(const Step& step, const Row& row, i64 head, const float* mixed, float sum) {
-    auto* out = static_cast<typename T::Number*>(step.out) + (row.place * step.heads + head) * step.dim;
+    auto* out = static_cast<typename T::Number*>(step.out) + ((&row - step.rows) * step.heads + head) * step.dim;
     for (i64 i = 0; i < lines<T>(step.dim); i++) {
         __m512 parts[T::kParts];
         for (int part = 0; part < T::kParts; part++, mixed += kLanes)
@@ -269,7 +274,7 @@ template <class T>
 void answer_chunk(const Step& step, const Chunk& chunk, const Span& span) {
     using Number = typename T::Number;
     const i64 size = padded<T>(step.dim), fold = step.fold(), groups = chunk.groups();
-    const auto* queries = static_cast<const Number*>(step.q) + chunk.row->place * step.q_stride + span.first * step.dim;
+    const auto* queries = static_cast<const Number*>(step.q) + (chunk.row - step.rows) * step.q_stride + span.first * step.dim;
     const auto* keys = static_cast<const Number*>(step.keys) + span.first / fold * step.dim;
     const auto* values = static_cast<const Number*>(step.values) + span.first / fold * step.dim;
 
@@ -332,45 +337,30 @@ UNSPOOL_AVX512 void combine(const Step& step, const Chunk* chunks, i64 count, i6
 
 // ---- All of a step ----------------------------------------------------------------------------------------------
 
-// New tokens [from, to) of a row.
-struct Piece {
-    const Row* row;
-    i64 from, to;
-};
-
 template <class T>
-void write(const Step& step, const Piece& piece) {
+void write(const Step& step, i64 number) {
     using Number = typename T::Number;
+    const Row& row = step.rows[number];
+    const i64 place = step.slot(row, row.length - 1) * step.stride();
     const auto bytes = static_cast<std::size_t>(step.stride()) * sizeof(Number);
-    for (i64 token = piece.from; token < piece.to; token++) {
-        const i64 place = piece.row->place + token;
-        const i64 slot = step.slot(*piece.row, piece.row->length - piece.row->count + token);
-        std::memcpy(static_cast<Number*>(step.keys) + slot * step.stride(),
-                    static_cast<const Number*>(step.k) + place * step.k_stride, bytes);
-        std::memcpy(static_cast<Number*>(step.values) + slot * step.stride(),
-                    static_cast<const Number*>(step.v) + place * step.v_stride, bytes);
-    }
+    std::memcpy(static_cast<Number*>(step.keys) + place, static_cast<const Number*>(step.k) + number * step.k_stride, bytes);
+    std::memcpy(static_cast<Number*>(step.values) + place, static_cast<const Number*>(step.v) + number * step.v_stride,
+                bytes);
 }
 
 // The work of a step and memory for it, which stays with the calling thread for its next call.
 struct Work {
-    std::vector<Piece> pieces;
     std::vector<Chunk> chunks;
     std::vector<Chunk*> several;  // of each row with several chunks, the first
     std::vector<float> parts, spans;
-    i64 tokens;                   // written or read
+    i64 tokens;                   // read
 };
 
 template <class T>
 void cut(const Step& step, Work& work) {
-    work.pieces.clear();
     work.chunks.clear();
     work.tokens = 0;
     for (const Row* row = step.rows; row < step.rows + step.count; row++) {
-        for (i64 from = 0; from < row->count; from += kPiece)
-            work.pieces.push_back({row, from, std::min(row->count, from + kPiece)});
-        work.tokens += row->count;
-        if (row->count != 1) continue;
         for (i64 from = step.oldest(*row), to; from < row->length; from = to) {
             to = std::min(row->length, (from / kChunk + 1) * kChunk);
             work.chunks.push_back({row, from, to, nullptr});
@@ -392,7 +382,7 @@ void cut(const Step& step, Work& work) {
 template <class T>
 void run(const Step& step, Work& work, int threads) {
     cut<T>(step, work);
-    const i64 pieces = std::ssize(work.pieces), chunks = std::ssize(work.chunks), several = std::ssize(work.several);
+    const i64 chunks = std::ssize(work.chunks), several = std::ssize(work.several);
     if (2 * work.tokens * step.stride() * static_cast<i64>(sizeof(typename T::Number)) <= kSerial) threads = 1;
 
     // A chunk's heads stay together, for reading in order, unless there are few chunks for the threads.
@@ -407,7 +397,7 @@ void run(const Step& step, Work& work, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (i64 i = 0; i < pieces; i++) write<T>(step, work.pieces[static_cast<std::size_t>(i)]);
+        for (i64 i = 0; i < step.count; i++) write<T>(step, i);
         float* own = aligned + omp_get_thread_num() * memory;
 #pragma omp for schedule(dynamic)
         for (i64 i = 0; i < chunks * spans; i++) {
@@ -432,10 +422,9 @@ void run(const Step& step, Work& work, int threads) {
 
 extern "C" {
 
-// One step of one layer. `plan` is [rows, block size, window or 0, then per row: place, count, length, run, table].
-// Keys and values are [slots, kv_heads, dim]; q, k and v are [tokens, their heads, dim], tokens `*_stride` numbers apart;
-// `out` is [tokens, heads * dim]. Numbers have `bytes` 2 (bf16) or 4 (fp32). Rows with several queries are stored and not
-// answered. Returns 0, or 1 where memory ran out.
+// Stores a new token of every row and answers its query. `plan` is [rows, block size, window or 0, then per row: length, run, table].
+// Keys and values are [slots, kv_heads, dim]; q, k and v are [rows, their heads, dim], rows `*_stride` numbers apart;
+// `out` is [rows, heads * dim]. Numbers have `bytes` 2 (bf16) or 4 (fp32). Returns 0, or 1 where memory ran out.
 int unspool_attend(const std::int64_t* plan, const std::int64_t* tables, int bytes, int heads, int kv_heads, int dim,
                    const void* q, std::int64_t q_stride, const void* k, std::int64_t k_stride, const void* v,
                    std::int64_t v_stride, void* keys, void* values, void* out, float scale, float softcap, int threads) {

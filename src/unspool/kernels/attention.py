@@ -1,4 +1,6 @@
-"""Attention over paged pools on a CPU, by `attention.cpp`: one call a layer stores the new keys and values and answers.
+"""Attention over paged pools on a CPU for rows with one query each, by `attention.cpp`.
+
+One call a layer stores the new keys and values and answers the queries.
 
 A row's results are the same bits alone and in company, and on any number of threads.
 """
@@ -37,49 +39,43 @@ def fits(dtype: torch.dtype, device: torch.device, dim: int, block_size: int) ->
 
 
 class Plan:
-    """What one step asks of attention, for all layers whose rows have the same blocks.
+    """Where rows that get one new token each have their past, for all layers in which they have the same blocks.
 
     Args:
-        counts: new tokens of each row, in the order of the step's tokens.
-        lengths: tokens of each row, the new ones included.
+        lengths: tokens of each row, the new one included.
         tables: block numbers of each row, for at least as many tokens.
         block_size: tokens in a block.
         window: how many tokens a query sees, itself included; `None` sees all before it.
 
     Raises:
-        ValueError: a table is too short, or a count is not between 1 and its row's length.
+        ValueError: a table is too short or holds a negative number.
     """
 
-    __slots__ = ("_address", "_memory", "_slots", "_tables", "tokens")
+    __slots__ = ("_address", "_memory", "_slots", "_tables", "rows")
 
     def __init__(
-        self,
-        counts: Sequence[int],
-        lengths: Sequence[int],
-        tables: Sequence[list[int]],
-        block_size: int,
-        window: int | None = None,
+        self, lengths: Sequence[int], tables: Sequence[list[int]], block_size: int, window: int | None = None
     ) -> None:
-        plan = [len(counts), block_size, window or 0]
+        self.rows = len(lengths)
+        plan = [self.rows, block_size, window or 0]
         blocks: list[int] = []
-        highest = place = 0
-        for count, length, table in zip(counts, lengths, tables, strict=True):
+        highest = 0
+        for length, table in zip(lengths, tables, strict=True):
             used = -(-length // block_size)
-            if not 0 < count <= length or used > len(table):
-                raise ValueError(f"{count} new of {length} tokens do not fit {len(table)} blocks of {block_size}")
-            first = table[0]
-            if table[used - 1] == first + used - 1 and table[:used] == list(range(first, first + used)):
-                plan += (place, count, length, first * block_size, 0)
-                lowest, highest = first, max(highest, first + used - 1)
+            if not 0 < used <= len(table):
+                raise ValueError(f"a row of {length} tokens does not fit {len(table)} blocks of {block_size}")
+            table = table[:used]
+            first = lowest = table[0]
+            last = first + used - 1
+            if table[-1] == last and table == list(range(first, last + 1)):
+                plan += (length, first * block_size, 0)
             else:
-                plan += (place, count, length, -1, len(blocks))
-                table = table[:used]
+                plan += (length, -1, len(blocks))
                 blocks += table
-                lowest, highest = min(table), max(highest, *table)
+                lowest, last = min(table), max(table)
             if lowest < 0:
-                raise ValueError(f"block {lowest} does not exist")
-            place += count
-        self.tokens = place
+                raise ValueError(f"a row has the block {lowest}; blocks are counted from 0")
+            highest = max(highest, last)
         self._slots = (highest + 1) * block_size
         self._memory = np.array(plan + blocks, dtype=np.int64)
         self._address = self._memory.ctypes.data
@@ -88,43 +84,43 @@ class Plan:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None
     ) -> Tensor:
-        """Store the new `k` and `v`, and answer `q` for the rows that have one query.
+        """Store the new `k` and `v`, and answer `q`; gives `[rows, heads * dim]`.
 
         Args:
-            q: `[tokens, heads, dim]`.
-            k, v: `[tokens, kv_heads, dim]`.
+            q: `[rows, heads, dim]`.
+            k, v: `[rows, kv_heads, dim]`.
             keys, values: pools `[slots, kv_heads, dim]`.
             scale: multiplies the scores.
             softcap: bounds them, by `softcap * tanh(score / softcap)`.
 
-        Returns:
-            `[tokens, heads * dim]`; at tokens of rows with several queries, nothing in particular.
-
         Raises:
-            ValueError: shapes, strides or dtypes do not fit each other or the plan.
+            ValueError: shapes, layouts or dtypes do not fit each other or the plan.
         """
-        tokens, heads, dim = q.shape
+        rows, heads, dim = q.shape
         slots, kv_heads, _ = shape = keys.shape
-        new = (tokens, kv_heads, dim)
+        new = (rows, kv_heads, dim)
         dtype = q.dtype
         if (
-            tokens != self.tokens
+            rows != self.rows
             or slots < self._slots
             or shape[2] != dim
             or heads % kv_heads
             or values.shape != shape
             or k.shape != new
             or v.shape != new
+            or dtype not in _DTYPES
+            or dim % 16
+            or dim > _MOST_DIM
             or not dtype == k.dtype == v.dtype == keys.dtype == values.dtype
             or not (keys.is_contiguous() and values.is_contiguous())
         ):
             raise ValueError(
                 f"attention over {tuple(shape)} keys and {tuple(values.shape)} values of {keys.dtype}, with "
-                f"{self._slots} slots in use, cannot take {self.tokens} tokens as {tuple(q.shape)} queries, "
+                f"{self._slots} slots in use, cannot take {self.rows} rows as {tuple(q.shape)} queries, "
                 f"{tuple(k.shape)} keys and {tuple(v.shape)} values of {dtype}"
             )
         q, k, v = _plain(q), _plain(k), _plain(v)
-        out = q.new_empty(tokens, heads * dim)
+        out = q.new_empty(rows, heads * dim)
         failed = _function()(
             self._address,
             self._tables,
@@ -156,6 +152,6 @@ def _function() -> ctypes._NamedFuncPointer:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """`x` `[tokens, heads, dim]` with the numbers of a token side by side."""
+    """`x` `[rows, heads, dim]` with the numbers of a row side by side."""
     _, stride, step = x.stride()
     return x if step == 1 and stride == x.shape[2] else x.contiguous()
