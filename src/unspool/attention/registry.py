@@ -11,7 +11,7 @@ from unspool.attention.native import NativeAttention, serves
 from unspool.attention.reference import PagedAttention
 from unspool.cache.paged import PagedStore
 
-__all__ = ["paged_attention"]
+__all__ = ["paged_attention", "reads_any_order"]
 
 
 def paged_attention(
@@ -27,3 +27,8 @@ def paged_attention(
     if weights is None and serves(store):
         return NativeAttention(store, rows, feeds)
     return PagedAttention(store, rows, feeds, weights)
+
+
+def reads_any_order(store: PagedStore) -> bool:
+    """Whether rows may lie anywhere in `store` at no cost; else they are read fastest side by side, by place."""
+    return serves(store)

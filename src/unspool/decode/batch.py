@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ from unspool.models.base import Batch, ModelSpec
 
 def build_batch(
     work: list[Work],
-    group: Group,
+    order: Items[int],
     store: PagedStore,
     spec: ModelSpec,
     device: torch.device,
@@ -22,49 +25,62 @@ def build_batch(
 ) -> Batch:
     """The model's input for one step; the store has already made room.
 
-    The logits will come in the order of the rows' numbers, whatever the order of the work.
-
     Args:
         work: what to feed; a row whose tokens are still in flight feeds `group.last`.
+        order: in which order to feed it; the logits come in the order of the work all the same.
         weights, trace: lists that collect attention weights and hidden states, when they are wanted.
     """
-    rows = [item.seq for item in work]
-    feeds = [item.feed for item in work]
+    placed = [work[i] for i in order]
+    rows = [item.seq for item in placed]
+    feeds = [item.feed for item in placed]
     positions: list[int] = []
     for row, feed in zip(rows, feeds, strict=True):
         positions.extend(range(row.computed, row.computed + feed))
-    if any(row.pending for row in rows):
-        places = [row.row for row in rows]
-        every = places == list(range(len(group.rows)))
-        tokens = group.last if every else group.last[torch.tensor(places, device=device)]
-    else:
-        flat: list[int] = []
-        for row, feed in zip(rows, feeds, strict=True):
-            flat += row.tokens[row.computed : row.computed + feed]
-        tokens = torch.tensor(flat, device=device)
     extents = None
     if spec.needs_extents:
-        lengths = torch.tensor([row.known for row in rows], device=device)
+        lengths = torch.tensor([row.known + len(row.draft) for row in rows], device=device)
         extents = lengths.repeat_interleave(torch.tensor(feeds, device=device))
     return Batch(
-        tokens=tokens,
+        tokens=_tokens(placed, device),
         positions=torch.tensor(positions, device=device),
         attend=paged_attention(store, rows, feeds, weights),
-        keep=_kept(work, device),
+        keep=_kept(work, order, device),
         extents=extents,
         trace=trace,
     )
 
 
-def _kept(work: list[Work], device: torch.device) -> Tensor | None:
-    """Places of the tokens whose logits are wanted, by ascending row; `None` when it is all of them, in that order."""
-    places: list[tuple[int, int]] = []
-    end = 0
-    for row, feed, keep in work:
-        end += feed
-        places.extend((row.row, place) for place in range(end - keep, end))
-    places.sort()
-    order = [place for _, place in places]
-    if order == list(range(end)):
+def _tokens(work: list[Work], device: torch.device) -> Tensor:
+    """The tokens to feed; those in flight are taken from where the device holds them."""
+    flat: list[int] = []
+    flying: dict[int, tuple[Group, list[int], list[int]]] = {}  # group, places among the tokens, numbers of the rows
+    for row, feed, _, group in work:
+        if row.pending:
+            _, places, numbers = flying.setdefault(id(group), (group, [], []))
+            places.append(len(flat))
+            numbers.append(row.row)
+            flat.append(0)
+        elif row.draft:
+            known = row.tokens[row.computed :]
+            flat += known + row.draft[: feed - len(known)]
+        else:
+            flat += row.tokens[row.computed : row.computed + feed]
+    if len(flying) == 1:
+        group, places, numbers = next(iter(flying.values()))
+        if len(places) == len(flat) and numbers == list(range(len(group.rows))):
+            return group.last
+    tokens = torch.tensor(flat, device=device)
+    for group, places, numbers in flying.values():
+        tokens[torch.tensor(places, device=device)] = group.last[torch.tensor(numbers, device=device)]
+    return tokens
+
+
+def _kept(work: list[Work], order: Items[int], device: torch.device) -> Tensor | None:
+    """Places of the tokens whose logits are wanted, in the order of the work; `None` when it is all, in that order."""
+    ends = [0] * len(work)
+    for i, end in zip(order, accumulate(work[i].feed for i in order), strict=True):
+        ends[i] = end
+    kept = [place for end, item in zip(ends, work, strict=True) for place in range(end - item.keep, end)]
+    if kept == list(range(sum(item.feed for item in work))):
         return None
-    return torch.tensor(order, dtype=torch.int64, device=device)
+    return torch.tensor(kept, dtype=torch.int64, device=device)

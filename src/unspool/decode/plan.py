@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from unspool.cache.paged import PagedStore
+from unspool.decode.runner import Runner
 from unspool.decode.sequence import Group, Sequence, Work
 
 
@@ -20,45 +20,38 @@ class StaticScheduler:
     """All rows of one group in step with each other: prompts in chunks, ending together, then one token each.
 
     Chunks are cut from the right end of the longest prompt, as if the rows were padded on the left, so that every row's
-    last chunk falls into the same step and the first tokens of all rows are chosen at once. Work is ordered by where
-    the rows lie in the store, so that attention finds neighbours side by side.
+    last chunk falls into the same step and the first tokens of all rows are chosen at once.
 
     Args:
-        group: the rows, with their blocks reserved.
-        store: where they lie.
+        group: the rows. Where it has `twins`, only those they name are fed in the prompt's steps.
+        runner: told of rows that ended.
         steps: new tokens after which every row has ended; nothing is planned beyond, also when the host has not seen
-            the last of them yet.
+            the last of them yet. With a drafter, rows end when the sink says so.
         chunk: most columns of prompt in one step; `None` takes the prompts whole.
-        leaders: the rows to compute in the prompt's steps, where several rows share a prompt; default all.
         recompute_past: see `ModelSpec`; needs every step committed before the next is planned.
         keep_finished: go on feeding rows that ended until all have, for callers that need every row in every step.
         keep_stored: leave the keys and values of rows that ended alone.
-        forks: rows refer to each other's blocks, so that they have no places of their own: work is in the order of
-            their numbers, and rows that end drop their blocks.
     """
 
     def __init__(
         self,
         group: Group,
-        store: PagedStore,
+        runner: Runner,
         *,
         steps: int,
         chunk: int | None = None,
-        leaders: list[Sequence] | None = None,
         recompute_past: int | None = None,
         keep_finished: bool = False,
         keep_stored: bool = False,
-        forks: bool = False,
     ) -> None:
-        self._store = store
+        self._group = group
+        self._runner = runner
         self._steps = steps
         self._recompute_past = recompute_past
         self._keep_finished = keep_finished
         self._keep_stored = keep_stored
-        self._forks = forks
-        order = _number if forks else _place
-        self._rows = sorted(group.rows, key=order)
-        self._leaders = self._rows if leaders is None else sorted(leaders, key=order)
+        self._rows = list(group.rows)
+        self._leaders = self._rows if group.twins is None else list(dict.fromkeys(group.twins))
         self._left = max(row.known - row.computed for row in self._leaders)
         self._chunk = self._left if chunk is None else chunk
 
@@ -69,22 +62,14 @@ class StaticScheduler:
         live = [row for row in self._rows if row.finish is None]
         if not live or not self._steps:
             return []
-        self._steps -= 1
+        if self._group.drafter is None:
+            self._steps -= 1
         if len(live) == len(self._rows) or self._keep_finished:
             return self._next_tokens(self._rows)
         if not self._keep_stored:
-            self._give_up([row for row in self._rows if row.finish is not None], live)
+            self._runner.retire([row for row in self._rows if row.finish is not None], live)
         self._rows = live
         return self._next_tokens(live)
-
-    def _give_up(self, ended: list[Sequence], live: list[Sequence]) -> None:
-        """Let go of what rows that ended have stored, for the good of the live ones."""
-        if self._forks:
-            for row in ended:
-                self._store.release(row)
-        else:
-            self._store.compact(live, ended)
-            live.sort(key=_place)
 
     def _next_tokens(self, rows: list[Sequence]) -> list[Work]:
         limit = self._recompute_past
@@ -92,20 +77,13 @@ class StaticScheduler:
             for row in rows:
                 if row.computed <= limit < row.known:
                     row.computed = 0
-        return [Work(row, row.known - row.computed, 1) for row in rows]
+        if self._group.drafter is not None:
+            self._group.drafter.draft(rows)
+        return [Work(row, row.known + len(row.draft) - row.computed, 1 + len(row.draft), self._group) for row in rows]
 
     def _prompt_chunk(self) -> list[Work]:
         self._left = max(0, self._left - self._chunk)
         keep = int(self._left == 0)
         self._steps -= keep
         feeds = ((row, row.known - row.computed - self._left) for row in self._leaders)
-        return [Work(row, feed, keep) for row, feed in feeds if feed > 0]
-
-
-def _place(row: Sequence) -> int:
-    """First block of a row: where it lies in the store."""
-    return row.blocks[0][0]
-
-
-def _number(row: Sequence) -> int:
-    return row.row
+        return [Work(row, feed, keep, self._group) for row, feed in feeds if feed > 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ class Sequence:
         pending: tokens chosen on the device and not yet committed. Owner: the loop.
         blocks: block table per layer group. Owner: the store.
         finish: why the row ended: `"stop"` (end token or criterion), `"length"`, or `None` while it lives.
+        draft: tokens guessed to follow the known ones, to be fed with them and checked in one step. Owner: the drafter.
     """
 
     row: int
@@ -29,6 +30,7 @@ class Sequence:
     pending: int = 0
     blocks: list[list[int]] = field(default_factory=list)
     finish: str | None = None
+    draft: list[int] = field(default_factory=list)
 
     @property
     def known(self) -> int:
@@ -37,7 +39,7 @@ class Sequence:
 
 
 class Work(NamedTuple):
-    """Feed `feed` tokens of `seq` and give the logits of the last `keep` of them.
+    """Feed `feed` tokens of `seq`, a row of `group`, and give the logits of the last `keep` of them.
 
     A prompt is `(n, 1)`, a middle chunk of one `(n, 0)`, a decode step `(1, 1)`, a draft to verify `(1 + k, 1 + k)`.
     """
@@ -45,6 +47,7 @@ class Work(NamedTuple):
     seq: Sequence
     feed: int
     keep: int
+    group: Group
 
 
 @dataclass(slots=True)
@@ -52,12 +55,14 @@ class Choice:
     """What was decided in one step for the rows of a group that had logits.
 
     Attributes:
-        tokens: `[rows]` int64; -1 for a row whose scores held no number to choose.
+        tokens: `[rows]` int64; -1 for a row whose scores held no number to choose. With `counts`, `[sum of counts]`.
         scores: `[rows, vocab]` fp32, processed; `None` unless the chooser was asked to keep them.
         logits: `[rows, vocab]` fp32, as the model gave them; likewise.
         parents: `[rows]` int64, the place among these rows of the one that each continues; `None` where each continues
             itself. Needs every step committed before the next is planned.
         ended: `[rows]` bool, rows that the chooser itself ends; `None` where that is the sink's decision alone.
+        counts: tokens decided for each row, side by side in `tokens`: a draft's accepted ones and the one after them.
+            `None` where it is one each. Needs every step committed before the next is planned.
     """
 
     tokens: Tensor
@@ -65,13 +70,17 @@ class Choice:
     logits: Tensor | None = None
     parents: Tensor | None = None
     ended: Tensor | None = None
+    counts: list[int] | None = None
 
 
 class Chooser(Protocol):
     """Decides tokens from logits, on the device and without asking the host."""
 
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
-        """Decide the next token of `rows` from `logits` `[rows, vocab]`."""
+        """Decide what follows `rows`, from `logits` `[rows, vocab]`.
+
+        A row with a draft has `1 + len(row.draft)` rows of logits, one after each token that was fed.
+        """
         ...
 
 
@@ -79,8 +88,23 @@ class Sink(Protocol):
     """Where committed tokens of a group go."""
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
-        """Take one step: `tokens[i]` was chosen for `rows[i]`; sets `finish` of the rows that end with it."""
+        """Take one step: `tokens[i]` (or `choice.counts[i]` tokens) were chosen for `rows[i]`.
+
+        Appends them to the rows and sets `finish` of those that end.
+        """
         ...
+
+
+class Drafter(Protocol):
+    """Guesses what follows, for a step that checks several tokens of a row at once."""
+
+    def draft(self, rows: Items[Sequence]) -> None:
+        """Set `draft` of each of `rows`, which are about to be fed; it may stay empty."""
+        ...
+
+
+Watch = Callable[[list[Work], list[list[Tensor]], list[Tensor]], None]
+"""`(work, weights per layer and row, hidden states per layer)` of one step, before its tokens are chosen."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,10 +115,17 @@ class Group:
         rows: all of them, in order; finished ones stay listed.
         chooser: decides their tokens.
         sink: takes them; appends to the rows and ends them.
+        twins: for each row, the row whose prompt it shares (itself where it shares none), when only the latter are fed
+            in the prompt's steps; the others then get its keys, values and logits. Owner: the loop, which clears it.
+        drafter: guesses tokens before each decode step, or `None`.
+        watch: sees attention weights and hidden states of every step, or `None`.
         last: `[rows]` the newest chosen token of each row on the device, what a decode step feeds. Owner: the loop.
     """
 
     rows: list[Sequence]
     chooser: Chooser
     sink: Sink
+    twins: list[Sequence] | None = None
+    drafter: Drafter | None = None
+    watch: Watch | None = None
     last: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unspool.config import GenerationConfig
 from unspool.decode.choose.beam import BeamChooser, BeamRules, Ends
-from unspool.decode.choose.sample import Noise
-from unspool.decode.sequence import Choice, Sequence
-from unspool.generate.inputs import Prompts
+from unspool.decode.runner import Runner
+from unspool.decode.sequence import Choice, Group, Sequence
+from unspool.generate.call import Call, Setup
 from unspool.generate.outputs import GenerateBeamDecoderOnlyOutput
 from unspool.generate.recorder import Kept, Limits, Tracer, refuse_nothing
 from unspool.generate.stream import Stream
-from unspool.logits import LogitsProcessorList
 
 
 def beam_filler(pad: int | None, eos: list[int]) -> int:
@@ -24,39 +22,44 @@ def beam_filler(pad: int | None, eos: list[int]) -> int:
     return (pad or eos[0]) if eos else -1
 
 
-def beam_chooser(
-    config: GenerationConfig,
-    prompts: Prompts,
-    processors: LogitsProcessorList,
-    limits: Limits,
-    noise: Noise | None,
-    filler: int,
-    kept: Kept,
-    together: bool,
-) -> BeamChooser:
-    """The chooser that `config` asks for; `prompts` has `num_beams` rows for each prompt, side by side."""
-    beams = int(config.num_beams or 1)
+def set_up_beams(call: Call) -> Setup:
+    """`num_beams` rows for each prompt, decided together."""
+    rows = call.rows()
+    chooser = _chooser(call)
+    sink = BeamRecorder(chooser, call.kept, call.stream, call.backend.fault)
+    group = Group(rows, chooser, sink, twins=call.twins(rows), watch=call.tracer)
+
+    def result(runner: Runner) -> Tensor | GenerateBeamDecoderOnlyOutput:
+        prompts, number = call.prompts.rectangle[:: call.copies], int(call.config.num_return_sequences or 1)
+        if call.detailed:
+            return beam_output(chooser, prompts, number, call.limits, call.kept, call.tracer)
+        return beam_sequences(chooser, prompts, number)
+
+    return Setup(group, result, forks=True, in_step=True)
+
+
+def _chooser(call: Call) -> BeamChooser:
+    """The chooser that the settings ask for."""
+    config, limits, kept = call.config, call.limits, call.kept
     eos = config.eos_token_id
     ends = len(eos) if isinstance(eos, list | tuple) else int(eos is not None)
-    columns = prompts.rectangle.shape[1]
     longest = config.max_length if config.max_length is not None else limits.max_columns
     rules = BeamRules(
-        beams=beams,
-        candidates=max(2, 1 + ends) * beams,
+        beams=call.copies,
+        candidates=max(2, 1 + ends) * call.copies,
         length_penalty=1.0 if config.length_penalty is None else float(config.length_penalty),
         early_stopping=config.early_stopping or False,
-        max_new=int(longest) - columns,
-        filler=filler,
+        max_new=int(longest) - call.prompts.rectangle.shape[1],
+        filler=call.filler,
     )
-    device = prompts.rectangle.device
-    tokens = torch.tensor(sorted(limits.eos), dtype=torch.int64, device=device)
+    tokens = torch.tensor(sorted(limits.eos), dtype=torch.int64, device=call.backend.device)
     return BeamChooser(
-        prompts.rectangle,
-        processors or None,
-        noise,
+        call.prompts.rectangle,
+        call.processors or None,
+        call.noise(),
         rules,
         Ends(tokens, limits.max_columns, limits.criteria, kept.scores),
-        together=together,
+        together=call.every_row or not limits.criteria.row_independent,
         keep_scores=kept.scores is not None,
         keep_logits=kept.logits is not None,
     )

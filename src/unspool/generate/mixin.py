@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unspool.cache import PastKeyValues
 from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
 from unspool.errors import Unsupported
 from unspool.generate.beams import beam_filler
-from unspool.generate.inputs import Prompts, read_prompts
+from unspool.generate.call import Call
+from unspool.generate.inputs import read_prompts
+from unspool.generate.native import NativeBackend, read_past
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.recorder import Limits
 from unspool.generate.scores import compute_transition_scores
-from unspool.generate.static import StaticCall
+from unspool.generate.static import run
 from unspool.generate.stream import Stream
 from unspool.logits import build_processors
 from unspool.models.base import Model
@@ -95,7 +96,7 @@ class GenerationMixin:
             call = self._prepare(
                 arguments, resolved, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer
             )
-            result = call.run()
+            result = run(call)
         except BaseException as error:
             fail = getattr(streamer, "fail", None)
             if fail is not None:
@@ -123,7 +124,7 @@ class GenerationMixin:
         stopping_criteria: Items[Any] | None,
         prefix_allowed_tokens_fn: PrefixFn | None,
         streamer: Any,
-    ) -> StaticCall:
+    ) -> Call:
         """Settle everything that can be wrong before any work is done."""
         assert isinstance(self, Model), "GenerationMixin goes in front of a native model"
         config = resolved.config
@@ -139,7 +140,7 @@ class GenerationMixin:
             pad=pad,
             eos=eos,
         )
-        past = _read_past(arguments.past_key_values, prompts)
+        past = read_past(arguments.past_key_values, len(prompts.tokens))
         beams = int(config.num_beams or 1)
         copies = beams if beams > 1 else int(config.num_return_sequences or 1)
         expanded = prompts.expand(copies) if copies > 1 else prompts
@@ -162,8 +163,8 @@ class GenerationMixin:
             padding_lengths=expanded.padding(),
         )
         filler = beam_filler(pad, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
-        return StaticCall(
-            model=self,
+        return Call(
+            backend=NativeBackend(self),
             config=config,
             prompts=expanded,
             copies=copies,
@@ -241,16 +242,3 @@ def _ids(value: Any) -> list[int]:
     if value is None:
         return []
     return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]
-
-
-def _read_past(past: Any, prompts: Prompts) -> PastKeyValues | None:
-    if past is None:
-        return None
-    if not isinstance(past, PastKeyValues):
-        raise TypeError(
-            "past_key_values must come from an earlier generate(return_dict_in_generate=True), "
-            f"not be a {type(past).__name__}"
-        )
-    if len(past) != len(prompts.tokens):
-        raise ValueError(f"past_key_values holds {len(past)} rows and input_ids {len(prompts.tokens)}")
-    return past

@@ -1,0 +1,132 @@
+"""From work to logits: the seam between the loop and whatever computes, and the runner of native models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unspool.attention.registry import reads_any_order
+from unspool.cache.paged import PagedStore
+from unspool.decode.batch import build_batch
+from unspool.decode.sequence import Sequence, Work
+from unspool.models.base import Batch, ModelSpec
+
+
+@dataclass(slots=True)
+class Output:
+    """What one step computed.
+
+    Attributes:
+        logits: `[kept, vocab]` in the order of the work.
+        weights: per layer and item of work, attention weights `[heads, queries, keys]`, if they were asked for.
+        hidden: per layer (embeddings first), `[tokens, hidden]` in the order of the work, if they were asked for.
+    """
+
+    logits: Tensor
+    weights: list[list[Tensor]]
+    hidden: list[Tensor]
+
+
+class Runner(Protocol):
+    """Computes tokens of rows, and keeps what their later tokens need.
+
+    The loop counts what is computed (`Sequence.computed`); a runner reads it, and sets it where it forks or rewinds.
+    """
+
+    def run(self, work: list[Work], watched: bool) -> Output:
+        """Feed the work; make room for it first. With `watched`, give weights and hidden states too."""
+        ...
+
+    def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
+        """Make what is stored of `rows[i]` that of `rows[parents[i]]`, and its `computed` too."""
+        ...
+
+    def rewind(self, row: Sequence, tokens: int) -> None:
+        """Forget all but the first `tokens` computed tokens of a row."""
+        ...
+
+    def retire(self, ended: Items[Sequence], live: Items[Sequence]) -> None:
+        """Let go of what rows that ended have stored; `live` are the rows of their group that go on."""
+        ...
+
+
+class Steps(Protocol):
+    """The part of a native model a runner uses."""
+
+    spec: ModelSpec
+
+    def step(self, batch: Batch) -> Tensor:
+        """Logits of the kept tokens, `[kept, vocab]`."""
+        ...
+
+
+class PagedRunner:
+    """Runs a native model over a paged store.
+
+    Args:
+        model: gives logits.
+        store: keys and values.
+        device: of both.
+        rows: every row that may have blocks, when the runner may enlarge the store for them; without it, room must have
+            been made before.
+        forks: rows refer to blocks of others, rather than having places of their own in the store.
+    """
+
+    def __init__(
+        self,
+        model: Steps,
+        store: PagedStore,
+        device: torch.device,
+        rows: list[Sequence] | None = None,
+        *,
+        forks: bool = False,
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.device = device
+        self._rows = rows
+        self._forks = forks
+
+    def run(self, work: list[Work], watched: bool) -> Output:
+        """See `Runner`."""
+        for item in work:
+            self._make_room(item.seq, item.feed)
+        order = list(range(len(work)))
+        if not watched and not self._forks and not reads_any_order(self.store):
+            order.sort(key=lambda i: work[i].seq.blocks[0][0])  # so that attention finds neighbours side by side
+        weights: list[list[Tensor]] | None = [] if watched else None
+        hidden: list[Tensor] | None = [] if watched else None
+        batch = build_batch(work, order, self.store, self.model.spec, self.device, weights, hidden)
+        return Output(self.model.step(batch), weights or [], hidden or [])
+
+    def _make_room(self, row: Sequence, feed: int) -> None:
+        if self.store.extend(row, feed):
+            return
+        assert self._rows is not None, "the scheduler makes room before it plans"
+        self.store.enlarge([other for other in self._rows if other.blocks], 2 * (row.computed + feed))
+        made = self.store.extend(row, feed)
+        assert made, "enlarge makes room for every row"
+
+    def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
+        """See `Runner`."""
+        if self._forks:
+            self.store.reparent(rows, parents)
+            return
+        for parent in dict.fromkeys(parents):
+            self.store.copy(rows[parent], [row for i, row in enumerate(rows) if parents[i] == parent != i])
+
+    def rewind(self, row: Sequence, tokens: int) -> None:
+        """See `Runner`; blocks stay with the row, which is about to fill them again."""
+        row.computed = min(row.computed, tokens)
+
+    def retire(self, ended: Items[Sequence], live: Items[Sequence]) -> None:
+        """See `Runner`. PyTorch's attention reads live rows as one rectangle, so they move together for it."""
+        if self._forks or reads_any_order(self.store):
+            for row in ended:
+                self.store.release(row)
+        else:
+            self.store.compact(live, ended)

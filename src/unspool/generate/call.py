@@ -1,0 +1,144 @@
+"""One static call, settled: what is to be generated, by what, and what the modes share in setting it up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unspool.config import GenerationConfig
+from unspool.decode.choose.sample import GlobalNoise, Noise, SeededNoise
+from unspool.decode.runner import Runner
+from unspool.decode.sequence import Group, Sequence
+from unspool.generate.inputs import Prompts
+from unspool.generate.outputs import GenerateOutput
+from unspool.generate.recorder import Kept, Limits, Tracer
+from unspool.generate.stream import Stream
+from unspool.logits import LogitsProcessorList
+
+
+class Backend(Protocol):
+    """Whatever computes, as far as a call needs to know it.
+
+    Attributes:
+        device: where tokens are chosen.
+        recompute_past: see `ModelSpec`.
+    """
+
+    device: torch.device
+    recompute_past: int | None
+
+    def runner(self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool) -> Runner:
+        """Make room for a call's rows and give what runs them.
+
+        Args:
+            rows: all rows; each `copies` of them share a prompt, of which the first alone is computed.
+            copies: how many.
+            new: most new tokens of a row.
+            past: stored keys and values of an earlier call, or `None`; sets `computed` of the rows they serve.
+            forks: rows will be made forks of each other.
+        """
+        ...
+
+    def past(self, rows: list[Sequence], runner: Runner, width: int) -> Any:
+        """What to hand back as `past_key_values` of `rows`, stored up to `width` padded columns."""
+        ...
+
+    def fault(self, row: Sequence) -> str:
+        """Say where a row's NaN came from, for an error message, after the fact."""
+        ...
+
+
+@dataclass(slots=True)
+class Call:
+    """Everything a call needs, settled.
+
+    Attributes:
+        backend: computes.
+        config: resolved settings.
+        prompts: one entry per row to decode; rows that share a prompt stand side by side.
+        copies: how many rows share each prompt.
+        processors: logits processors in order.
+        limits: when rows end.
+        filler: token in the columns of rows that ended.
+        stream: the streamer's entrance, or `None`.
+        past: stored keys and values of an earlier call, or `None`.
+        foreign: processors or criteria of the caller's own take part.
+        kept: scores and logits that were asked for.
+        tracer: takes attentions and hidden states, or `None`.
+    """
+
+    backend: Backend
+    config: GenerationConfig
+    prompts: Prompts
+    copies: int
+    processors: LogitsProcessorList
+    limits: Limits
+    filler: int
+    stream: Stream | None
+    past: Any
+    foreign: bool
+    kept: Kept = field(init=False)
+    tracer: Tracer | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.kept = Kept(
+            scores=[] if self.detailed and config.output_scores else None,
+            logits=[] if self.detailed and config.output_logits else None,
+        )
+        heads, hidden = bool(config.output_attentions), bool(config.output_hidden_states)
+        wanted = self.detailed and (heads or hidden)
+        self.tracer = Tracer(len(self.prompts.tokens), self.copies, heads, hidden) if wanted else None
+
+    @property
+    def detailed(self) -> bool:
+        """Whether an output object is wanted."""
+        return bool(self.config.return_dict_in_generate)
+
+    @property
+    def every_row(self) -> bool:
+        """Whether somebody must see every row in every step, those that ended too."""
+        recorded = self.tracer is not None or self.kept.scores is not None or self.kept.logits is not None
+        return recorded or not self.processors.row_independent
+
+    @property
+    def steps(self) -> int:
+        """Most new tokens of a row."""
+        return self.limits.max_columns - self.prompts.rectangle.shape[1]
+
+    def rows(self) -> list[Sequence]:
+        """A row for each prompt."""
+        return [Sequence(number, list(tokens)) for number, tokens in enumerate(self.prompts.tokens)]
+
+    def twins(self, rows: list[Sequence]) -> list[Sequence] | None:
+        """For each row the first that shares its prompt; `None` where none does."""
+        return [rows[i - i % self.copies] for i in range(len(rows))] if self.copies > 1 else None
+
+    def noise(self) -> Noise | None:
+        """Where sampling noise comes from; `None` when nothing is drawn."""
+        if not self.config.do_sample:
+            return None
+        if self.config.seed is not None:
+            return SeededNoise(self.config.seed, self.copies, self.backend.device)
+        return GlobalNoise(len(self.prompts.tokens), self.backend.device)
+
+
+@dataclass(slots=True)
+class Setup:
+    """How a mode decodes a call.
+
+    Attributes:
+        group: its rows, how they are decided and where the tokens go.
+        result: makes the result once all rows have ended.
+        forks: rows become forks of each other.
+        in_step: each step must be committed before the next is planned.
+    """
+
+    group: Group
+    result: Callable[[Runner], Tensor | GenerateOutput]
+    forks: bool
+    in_step: bool

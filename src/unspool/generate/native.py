@@ -1,0 +1,91 @@
+"""Native models as a call's backend: a paged store made for exactly its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unspool.cache import PagedStore, PastKeyValues
+from unspool.cache.past import PastRow
+from unspool.decode.runner import PagedRunner, Runner
+from unspool.decode.sequence import Sequence
+from unspool.generate.fault import find_fault
+from unspool.models.base import Model
+
+# New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.
+_FIRST_ROOM = 1024
+_BLOCK = 16
+
+
+class NativeBackend:
+    """See `generate.call.Backend`."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = model.device
+        self.recompute_past = model.spec.recompute_past
+
+    def runner(
+        self, rows: list[Sequence], copies: int, new: int, past: PastKeyValues | None, *, forks: bool
+    ) -> PagedRunner:
+        """See `Backend`. Rows that fork refer to their prompt's blocks; the others each get a run of their own."""
+        room = min(new, _FIRST_ROOM)
+        store = self._shared(rows, copies, room) if forks else self._separate(rows, room)
+        if past is not None:
+            for i, old in enumerate(past.rows):
+                served = rows[i * copies : i * copies + (1 if forks else copies)]
+                for row in served:
+                    store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
+        return PagedRunner(self.model, store, self.device, rows, forks=forks)
+
+    def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues:
+        """See `Backend`."""
+        assert isinstance(runner, PagedRunner)
+        stored = [PastRow(row.tokens[: row.computed], row.computed, row.blocks) for row in rows]
+        return PastKeyValues(runner.store, stored, width)
+
+    def fault(self, row: Sequence) -> str:
+        """See `Backend`."""
+        return find_fault(self.model, row)
+
+    def _separate(self, rows: list[Sequence], room: int) -> PagedStore:
+        """A run of blocks for every row, longest first."""
+        tokens = max(len(row.tokens) for row in rows) + room
+        store = self._empty(-(-tokens // _BLOCK) * len(rows))
+        for row in sorted(rows, key=lambda row: -len(row.tokens)):
+            store.reserve(row, tokens)
+        return store
+
+    def _shared(self, rows: list[Sequence], copies: int, room: int) -> PagedStore:
+        """Blocks for each prompt once, and for each row's output."""
+        blocks = 0
+        for row in rows[::copies]:
+            full, prompt = len(row.tokens) // _BLOCK, len(row.tokens)
+            blocks += full + copies * (-(-(prompt + room) // _BLOCK) - full)
+        store = self._empty(blocks)
+        for row in rows[::copies]:
+            store.reserve(row, len(row.tokens))
+        return store
+
+    def _empty(self, blocks: int) -> PagedStore:
+        model = self.model
+        return PagedStore(model.spec.groups, blocks, dtype=model.dtype, device=self.device, block_size=_BLOCK)
+
+
+def read_past(past: Any, rows: int) -> PastKeyValues | None:
+    """`past_key_values` as passed to a call on `rows` prompts, checked."""
+    if past is None:
+        return None
+    if not isinstance(past, PastKeyValues):
+        raise TypeError(
+            "past_key_values must come from an earlier generate(return_dict_in_generate=True), "
+            f"not be a {type(past).__name__}"
+        )
+    if len(past) != rows:
+        raise ValueError(f"past_key_values holds {len(past)} rows and input_ids {rows}")
+    return past
+
+
+def _common(tokens: list[int], stored: list[int]) -> int:
+    """How many leading tokens agree; at least one token of the new prompt is left to compute."""
+    limit = min(len(tokens) - 1, len(stored))
+    return next((i for i in range(limit) if tokens[i] != stored[i]), limit)

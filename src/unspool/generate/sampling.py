@@ -1,0 +1,65 @@
+"""Greedy decoding and sampling in a static call: rows that are decided one by one."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from unspool.decode.choose.sample import Rectangle, SampleChooser
+from unspool.decode.runner import Runner
+from unspool.decode.sequence import Group, Sequence
+from unspool.generate.call import Call, Setup
+from unspool.generate.outputs import GenerateDecoderOnlyOutput
+from unspool.generate.recorder import Recorder
+
+T = TypeVar("T")
+
+
+def set_up_sampling(call: Call) -> Setup:
+    """A row for each output."""
+    rows = call.rows()
+    history = Rectangle(call.prompts.rectangle, call.limits.max_columns, call.filler)
+    chooser = SampleChooser(
+        history,
+        call.processors or None,
+        call.noise(),
+        keep_scores=call.kept.scores is not None,
+        keep_logits=call.kept.logits is not None,
+    )
+    sink = Recorder(rows, history, call.limits, call.stream, call.kept, call.every_row, call.backend.fault)
+    group = Group(rows, chooser, sink, twins=call.twins(rows), watch=call.tracer)
+
+    def result(runner: Runner) -> Tensor | GenerateDecoderOnlyOutput:
+        return sampled_output(call, rows, runner) if call.detailed else sequences(call, rows)
+
+    return Setup(group, result, forks=False, in_step=bool(call.limits.criteria))
+
+
+def sequences(call: Call, rows: list[Sequence]) -> Tensor:
+    """The rectangle with every row's output to the right of it."""
+    prompts = call.prompts
+    news = [row.tokens[len(tokens) :] for row, tokens in zip(rows, prompts.tokens, strict=True)]
+    width = max(map(len, news))
+    filled = torch.tensor([new + [call.filler] * (width - len(new)) for new in news], dtype=torch.int64)
+    return torch.cat([prompts.rectangle, filled.to(prompts.rectangle.device)], dim=1)
+
+
+def sampled_output(call: Call, rows: list[Sequence], runner: Runner) -> GenerateDecoderOnlyOutput:
+    """Everything that was recorded of the rows."""
+    made = sequences(call, rows)
+    tracer = call.tracer
+    return GenerateDecoderOnlyOutput(
+        sequences=made,
+        scores=_tuple(call.kept.scores),
+        logits=_tuple(call.kept.logits),
+        attentions=_tuple(tracer.attentions) if tracer else None,
+        hidden_states=_tuple(tracer.hidden_states) if tracer else None,
+        past_key_values=call.backend.past(rows, runner, made.shape[1] - 1) if call.config.use_cache else None,
+        finish_reasons=[row.finish or "length" for row in rows],
+    )
+
+
+def _tuple(items: list[T] | None) -> tuple[T, ...] | None:
+    return None if items is None else tuple(items)
