@@ -71,6 +71,12 @@ CASES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "input_ids_seq_length": st.integers(0, 6),
         }
     ),
+    "AlternatingCodebooksLogitsProcessor": st.fixed_dictionaries(
+        {"input_start_len": st.integers(0, 6), "semantic_vocab_size": st.integers(0, 3), "codebook_size": st.just(2)}
+    ),
+    "BarkEosPrioritizerLogitsProcessor": st.fixed_dictionaries(
+        {"eos_token_id": eos, "min_eos_p": st.one_of(st.none(), unit)}
+    ),
     "InfNanRemoveLogitsProcessor": st.just({}),
     "LogitNormalization": st.just({}),
 }
@@ -154,6 +160,123 @@ def test_prefix_constrained(data: Any, beams: int, modulus: int) -> None:
 
     wanted = oracle.PrefixConstrainedLogitsProcessor(allowed, beams)(ids, scores)
     same(untouched(ours.PrefixConstrainedLogitsProcessor(allowed, beams), ids, scores), wanted)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    data=inputs(),
+    scale=st.floats(1.01, 9),
+    top=st.one_of(st.none(), st.integers(1, 5)),
+    channels=st.integers(1, 4),
+    end=st.integers(1, 4),
+)
+def test_guidance_and_channels_of_codec_models(
+    data: Any, scale: float, top: int | None, channels: int, end: int
+) -> None:
+    ids, scores = data
+    both = torch.cat([scores, scores.flip(1)])
+    for name, arguments in (
+        ("ClassifierFreeGuidanceLogitsProcessor", (scale,)),
+        ("DiaClassifierFreeGuidanceLogitsProcessor", (scale, top)),
+    ):
+        same(untouched(getattr(ours, name)(*arguments), ids, both), getattr(oracle, name)(*arguments)(ids, both))
+    many = scores.repeat_interleave(channels, 0).roll(1, 1)
+    wanted = oracle.DiaEOSChannelFilterLogitsProcessor(channels, end)(ids, many.clone())
+    same(untouched(ours.DiaEOSChannelFilterLogitsProcessor(channels, end), ids, many), wanted)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    delays=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    texts=st.integers(1, 3),
+    longest=st.integers(6, 14),
+    seed=st.integers(0, 999),
+)
+def test_delayed_ends_of_dia(delays: list[int], texts: int, longest: int, seed: int) -> None:
+    random, end = torch.Generator().manual_seed(seed), 3
+    mine = ours.DiaEOSDelayPatternLogitsProcessor(delays, end, longest)
+    other = oracle.DiaEOSDelayPatternLogitsProcessor(delays, end, longest)
+    for width in range(1, longest):
+        ids = torch.zeros(texts, width, dtype=torch.long)
+        scores = torch.randn(texts * len(delays), 5, generator=random)
+        scores[:, end] -= 1
+        same(untouched(mine, ids, scores), other(ids, scores.clone()))
+
+
+class WhisperSettings:
+    """The part of Whisper's generation config that its processors read."""
+
+    no_timestamps_token_id = 30
+    eos_token_id = 28
+    bos_token_id = 28
+    max_initial_timestamp_index: int | None = None
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    width=st.integers(2, 9),
+    begin=st.integers(1, 3),
+    latest=st.sampled_from([None, 0, 3]),
+    detect=st.sampled_from([None, True, False]),
+    seed=st.integers(0, 9999),
+)
+def test_whisper_timestamps(
+    rows: int, width: int, begin: int, latest: int | None, detect: bool | None, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 28, (rows, width), generator=random)
+    stamps = torch.randint(31, 45, (rows, width), generator=random)
+    ids = torch.where(torch.rand(rows, width, generator=random) < 0.5, stamps, ids)
+    scores = torch.randn(rows, 50, generator=random) * 3
+    config = WhisperSettings()
+    config.max_initial_timestamp_index = latest
+    for at in (begin, width):
+        arguments = (config, at, detect)
+        wanted = oracle.WhisperTimeStampLogitsProcessor(*arguments)(ids, scores)
+        same(untouched(ours.WhisperTimeStampLogitsProcessor(*arguments), ids, scores), wanted)
+        moved = ours.WhisperTimeStampLogitsProcessor(config, 99, detect)
+        moved.set_begin_index(at)
+        same(moved(ids, scores), wanted)
+
+
+@pytest.mark.parametrize("logs", [False, True])
+@pytest.mark.parametrize("begin", [1, 3])
+def test_whisper_silence(begin: int, logs: bool) -> None:
+    class Speech:
+        """A model that gives the same logits for a prompt of five tokens whatever it hears."""
+
+        def forward(self, input_features: Tensor, decoder_input_ids: Tensor) -> Any:
+            raise AssertionError
+
+        def prepare_inputs_for_generation(self, **inputs: Any) -> dict[str, Any]:
+            return {"decoder_input_ids": inputs["decoder_input_ids"], "input_ids": torch.zeros(1)}
+
+        def __call__(self, input_features: Tensor, decoder_input_ids: Tensor) -> Any:
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1)))
+
+    scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
+    found = []
+    for module in (ours, oracle):
+        detector = module.WhisperNoSpeechDetection(4, begin, logs)
+        detector.set_model(Speech())
+        detector.set_inputs({"inputs": torch.zeros(1), "decoder_input_ids": torch.zeros(2, 5)})
+        assert detector.no_speech_prob == [0.0]
+        detector.set_begin_index(begin + 1)
+        same(detector(torch.zeros(2, begin, dtype=torch.long), scores), scores)
+        assert detector.no_speech_prob == [0.0]
+        same(detector(torch.zeros(2, begin + 1, dtype=torch.long), scores), scores)
+        found.append(detector.no_speech_prob)
+    same(*found)
+
+
+def test_every_processor_of_transformers_is_here() -> None:
+    left_out = {"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkState"}
+    theirs = {name for name, value in vars(oracle).items() if getattr(value, "__module__", "") == oracle.__name__}
+    classes = {name for name in theirs if name[0].isupper() and isinstance(getattr(oracle, name), type)}
+    assert classes - set(ours.__all__) <= left_out
 
 
 def test_sequence_bias_in_the_form_of_json() -> None:

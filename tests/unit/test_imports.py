@@ -50,7 +50,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "torch": {"*"},
     "numpy": {"*"},
     "typing_extensions": {"*"},
-    "safetensors": {"weights", "bridge"},
+    "safetensors": {"weights", "bridge", "logits"},  # logits: detectors of watermarks
     "tokenizers": {"tokenization"},
     "jinja2": {"tokenization"},
     "huggingface_hub": {"hub", "config", "tokenization"},

@@ -161,6 +161,7 @@ class GenerationMixin:
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             encoder_input_ids=prompts.rectangle,
             padding_lengths=expanded.padding(),
+            vocab_size=self.spec.vocab_size,
         )
         filler = beam_filler(pad, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
         return Call(
@@ -225,7 +226,6 @@ _MODES: dict[str, Any] = {
     "guidance_scale": None,
     "prompt_lookup_num_tokens": None,
     "assistant_early_exit": None,
-    "watermarking_config": None,
     "token_healing": False,
 }
 

@@ -7,6 +7,14 @@ Choosing a token from the scores is `decode/choose`; ending a row is `stopping`.
 
 from unspool.logits.base import LogitsProcessor, LogitsProcessorList
 from unspool.logits.bias import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
+from unspool.logits.codec import (
+    AlternatingCodebooksLogitsProcessor,
+    BarkEosPrioritizerLogitsProcessor,
+    ClassifierFreeGuidanceLogitsProcessor,
+    DiaClassifierFreeGuidanceLogitsProcessor,
+    DiaEOSChannelFilterLogitsProcessor,
+    DiaEOSDelayPatternLogitsProcessor,
+)
 from unspool.logits.constrained import PrefixConstrainedLogitsProcessor
 from unspool.logits.forced import (
     ForcedBOSTokenLogitsProcessor,
@@ -33,8 +41,28 @@ from unspool.logits.warpers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from unspool.logits.watermark import (
+    BayesianDetectorConfig,
+    BayesianDetectorModel,
+    BayesianWatermarkDetectorModelOutput,
+    SynthIDTextWatermarkDetector,
+    SynthIDTextWatermarkLogitsProcessor,
+    WatermarkDetector,
+    WatermarkDetectorOutput,
+    WatermarkLogitsProcessor,
+)
+from unspool.logits.whisper import WhisperNoSpeechDetection, WhisperTimeStampLogitsProcessor
 
 __all__ = [
+    "AlternatingCodebooksLogitsProcessor",
+    "BarkEosPrioritizerLogitsProcessor",
+    "BayesianDetectorConfig",
+    "BayesianDetectorModel",
+    "BayesianWatermarkDetectorModelOutput",
+    "ClassifierFreeGuidanceLogitsProcessor",
+    "DiaClassifierFreeGuidanceLogitsProcessor",
+    "DiaEOSChannelFilterLogitsProcessor",
+    "DiaEOSDelayPatternLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
     "EncoderRepetitionPenaltyLogitsProcessor",
     "EpsilonLogitsWarper",
@@ -56,10 +84,17 @@ __all__ = [
     "SequenceBiasLogitsProcessor",
     "SuppressTokensAtBeginLogitsProcessor",
     "SuppressTokensLogitsProcessor",
+    "SynthIDTextWatermarkDetector",
+    "SynthIDTextWatermarkLogitsProcessor",
     "TemperatureLogitsWarper",
     "TopHLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
+    "WatermarkDetector",
+    "WatermarkDetectorOutput",
+    "WatermarkLogitsProcessor",
+    "WhisperNoSpeechDetection",
+    "WhisperTimeStampLogitsProcessor",
     "build_processors",
 ]

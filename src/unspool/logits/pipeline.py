@@ -39,6 +39,7 @@ from unspool.logits.warpers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from unspool.logits.watermark import watermark_processor
 
 if TYPE_CHECKING:
     from unspool.config import GenerationConfig
@@ -56,6 +57,7 @@ def build_processors(
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
     encoder_input_ids: Tensor | None = None,
     padding_lengths: Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> LogitsProcessorList:
     """The processors a config asks for, with a caller's own, in the order transformers applies them.
 
@@ -70,13 +72,15 @@ def build_processors(
         encoder_input_ids: encoder tokens `[inputs, length]` (the prompt, for decoder-only models).
         padding_lengths: left padding of each row, `[rows]`; the repetition penalty then skips these columns. None
             lets it see them, as transformers did up to 5.2.
+        vocab_size: of the model; needed for a watermark.
 
     Returns:
-        Processors, then (when `do_sample`) warpers, then normalisation. Settings without effect add nothing.
+        Processors, then (when `do_sample`) warpers, then a watermark, then normalisation. Settings without effect add
+        nothing.
 
     Raises:
-        ValueError: a setting is out of its range, or needs an eos id that is not there.
-        Unsupported: guidance or a watermark is asked for.
+        ValueError: a setting is out of its range, or needs an eos id or a vocabulary size that is not there.
+        Unsupported: guidance is asked for.
     """
     _refuse_unsupported(config)
     eos = eos_token_id
@@ -89,6 +93,14 @@ def build_processors(
     processors = _merge(configured, custom or ())
     if config.do_sample:
         processors += _warpers(config, eos)
+    if config.watermarking_config is not None:
+        if vocab_size is None:
+            raise ValueError("`watermarking_config` needs the model's `vocab_size`, to know which tokens to mark.")
+        processors.append(
+            watermark_processor(
+                config.watermarking_config, vocab_size=vocab_size, prompt_length=prompt_length, device=device
+            )
+        )
     if config.renormalize_logits is True:
         processors.append(LogitNormalization())
     return processors
@@ -97,8 +109,6 @@ def build_processors(
 def _refuse_unsupported(config: GenerationConfig) -> None:
     if config.guidance_scale is not None and config.guidance_scale != 1:
         raise Unsupported(f"`guidance_scale` (={config.guidance_scale}) is not supported yet; leave it None or set 1.")
-    if config.watermarking_config is not None:
-        raise Unsupported("`watermarking_config` is not supported yet; leave it None.")
 
 
 def _history_processors(
