@@ -29,7 +29,16 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "unspool.generate": ("GenerationMixin",),
     "unspool.generate.outputs": ("GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput"),
-    "unspool.cache": ("PastKeyValues",),
+    "unspool.cache": (
+        "Cache",
+        "DynamicCache",
+        "EncoderDecoderCache",
+        "OffloadedCache",
+        "OffloadedStaticCache",
+        "PastKeyValues",
+        "QuantizedCache",
+        "StaticCache",
+    ),
     "unspool.tokenization": ("BatchEncoding", "Tokenizer"),
     "unspool.logits": (
         "AlternatingCodebooksLogitsProcessor",
@@ -123,7 +132,16 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from unspool.cache import PastKeyValues as PastKeyValues
+    from unspool.cache import (
+        Cache as Cache,
+        DynamicCache as DynamicCache,
+        EncoderDecoderCache as EncoderDecoderCache,
+        OffloadedCache as OffloadedCache,
+        OffloadedStaticCache as OffloadedStaticCache,
+        PastKeyValues as PastKeyValues,
+        QuantizedCache as QuantizedCache,
+        StaticCache as StaticCache,
+    )
     from unspool.config import (
         CompileConfig as CompileConfig,
         GenerationConfig as GenerationConfig,
