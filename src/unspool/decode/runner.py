@@ -71,8 +71,8 @@ class PagedRunner:
         model: gives logits.
         store: keys and values.
         device: of both.
-        rows: every row that may have blocks, when the runner may enlarge the store for them; without it, room must have
-            been made before.
+        rows: every row that may have blocks, when the runner makes room and may enlarge the store for them; without
+            it, the scheduler has made room.
         forks: rows refer to blocks of others, rather than having places of their own in the store.
     """
 
@@ -93,8 +93,9 @@ class PagedRunner:
 
     def run(self, work: list[Work], watched: bool) -> Output:
         """See `Runner`."""
-        for item in work:
-            self._make_room(item.seq, item.feed)
+        if self._rows is not None:
+            for item in work:
+                self._make_room(item.seq, item.feed, self._rows)
         order = list(range(len(work)))
         if not watched and not self._forks and not reads_any_order(self.store):
             order.sort(key=lambda i: work[i].seq.blocks[0][0])  # so that attention finds neighbours side by side
@@ -103,11 +104,10 @@ class PagedRunner:
         batch = build_batch(work, order, self.store, self.model.spec, self.device, weights, hidden)
         return Output(self.model.step(batch), weights or [], hidden or [])
 
-    def _make_room(self, row: Sequence, feed: int) -> None:
+    def _make_room(self, row: Sequence, feed: int, rows: list[Sequence]) -> None:
         if self.store.extend(row, feed):
             return
-        assert self._rows is not None, "the scheduler makes room before it plans"
-        self.store.enlarge([other for other in self._rows if other.blocks], 2 * (row.computed + feed))
+        self.store.enlarge([other for other in rows if other.blocks], 2 * (row.computed + feed))
         made = self.store.extend(row, feed)
         assert made, "enlarge makes room for every row"
 

@@ -3,7 +3,7 @@
 `mixin` is the public method, `inputs` reads what the caller passed, `call` is what they come to. A mode sets up how a
 call is decoded (`sampling`, `beams`), a backend computes it (`native`), and `static` runs it in the core's loop.
 `recorder` takes the tokens, `stream` hands them to a streamer, `outputs` are results, `scores` recomputes transition
-scores, `fault` explains NaN. How tokens are decided and in which order rows are fed is the core's business
+scores. How tokens are decided and in which order rows are fed is the core's business
 (`unspool.decode`).
 """
 

@@ -13,8 +13,9 @@ from unspool.decode.runner import Runner
 from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.generate.call import Call, Setup
 from unspool.generate.outputs import GenerateBeamDecoderOnlyOutput
-from unspool.generate.recorder import Kept, Limits, Tracer, refuse_nothing
+from unspool.generate.recorder import Kept, Tracer, refuse_nothing
 from unspool.generate.stream import Stream
+from unspool.stopping import Limits
 
 
 def beam_filler(pad: int | None, eos: list[int]) -> int:

@@ -15,9 +15,10 @@ from unspool.decode.runner import Runner
 from unspool.decode.sequence import Group, Sequence
 from unspool.generate.inputs import Prompts
 from unspool.generate.outputs import GenerateOutput
-from unspool.generate.recorder import Kept, Limits, Tracer
+from unspool.generate.recorder import Kept, Tracer
 from unspool.generate.stream import Stream
 from unspool.logits import LogitsProcessorList
+from unspool.stopping import Limits
 
 
 class Backend(Protocol):

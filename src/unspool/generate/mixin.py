@@ -15,18 +15,12 @@ from unspool.generate.call import Call
 from unspool.generate.inputs import read_prompts
 from unspool.generate.native import NativeBackend, read_past
 from unspool.generate.outputs import GenerateOutput
-from unspool.generate.recorder import Limits
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
 from unspool.generate.stream import Stream
 from unspool.logits import build_processors
 from unspool.models.base import Model
-from unspool.stopping import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    build_criteria,
-)
+from unspool.stopping import build_limits
 
 PrefixFn = Callable[[int, Tensor], list[int]]
 
@@ -170,23 +164,18 @@ class GenerationMixin:
             prompts=expanded,
             copies=copies,
             processors=processors,
-            limits=self._limits(config, stopping_criteria, arguments.tokenizer, eos),
+            limits=build_limits(
+                config,
+                eos=eos,
+                max_positions=self.spec.max_positions,
+                custom=stopping_criteria,
+                tokenizer=arguments.tokenizer,
+            ),
             filler=filler,
             stream=None if streamer is None else Stream(streamer, prompts if beams > 1 else expanded),
             past=past,
             foreign=bool(logits_processor or stopping_criteria or prefix_allowed_tokens_fn),
         )
-
-    def _limits(self, config: GenerationConfig, custom: Items[Any] | None, tokenizer: Any, eos: list[int]) -> Limits:
-        """End tokens and widths as numbers the core compares, and the criteria that must be asked."""
-        assert isinstance(self, Model)
-        every = build_criteria(
-            config, custom=custom, tokenizer=tokenizer, max_position_embeddings=self.spec.max_positions
-        )
-        width = min(int(c.max_length) for c in every if isinstance(c, MaxLengthCriteria))
-        asked = [c for c in every if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-        ends = frozenset(eos).union(*(c.eos_token_id.tolist() for c in every if isinstance(c, EosTokenCriteria)))
-        return Limits(ends, width, StoppingCriteriaList(asked))
 
 
 class _Arguments:

@@ -6,9 +6,9 @@ from typing import Any
 
 from unspool.cache import PagedStore, PastKeyValues
 from unspool.cache.past import PastRow
+from unspool.decode.fault import find_fault
 from unspool.decode.runner import PagedRunner, Runner
 from unspool.decode.sequence import Sequence
-from unspool.generate.fault import find_fault
 from unspool.models.base import Model
 
 # New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.

@@ -13,22 +13,7 @@ from unspool.decode.choose.sample import Rectangle
 from unspool.decode.sequence import Choice, Sequence, Work
 from unspool.errors import NonFiniteLogits
 from unspool.generate.stream import Stream
-from unspool.stopping import StoppingCriteriaList
-
-
-@dataclass(slots=True)
-class Limits:
-    """When rows end.
-
-    Attributes:
-        eos: end tokens.
-        max_columns: width at which every row ends.
-        criteria: further ones, asked once a step about all rows; may be empty.
-    """
-
-    eos: frozenset[int]
-    max_columns: int
-    criteria: StoppingCriteriaList
+from unspool.stopping import Limits
 
 
 @dataclass(slots=True)

@@ -50,6 +50,15 @@ class ModelSpec:
         """Number of decoder layers."""
         return sum(len(group.layers) for group in self.groups)
 
+    def check_tokens(self, name: str, tokens: list[int]) -> None:
+        """Raise ValueError, blaming `name`, for an id outside the vocabulary."""
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"{name} holds token id {low if low < 0 else high}, outside the model's vocabulary of "
+                f"{self.vocab_size}; use the tokenizer that belongs to the model"
+            )
+
 
 class Attend(Protocol):
     """Attention of one step, handed to every layer; it stores the new keys and values and answers for all rows."""
