@@ -39,6 +39,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "QuantizedCache",
         "StaticCache",
     ),
+    "unspool.decode.choose.constraints": (
+        "Constraint",
+        "ConstraintListState",
+        "DisjunctiveConstraint",
+        "PhrasalConstraint",
+    ),
     "unspool.tokenization": ("BatchEncoding", "Tokenizer"),
     "unspool.logits": (
         "AlternatingCodebooksLogitsProcessor",
@@ -57,6 +63,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "ExponentialDecayLengthPenalty",
         "ForcedBOSTokenLogitsProcessor",
         "ForcedEOSTokenLogitsProcessor",
+        "HammingDiversityLogitsProcessor",
         "InfNanRemoveLogitsProcessor",
         "LogitNormalization",
         "LogitsProcessor",
@@ -149,6 +156,12 @@ if TYPE_CHECKING:
         SynthIDTextWatermarkingConfig as SynthIDTextWatermarkingConfig,
         WatermarkingConfig as WatermarkingConfig,
     )
+    from unspool.decode.choose.constraints import (
+        Constraint as Constraint,
+        ConstraintListState as ConstraintListState,
+        DisjunctiveConstraint as DisjunctiveConstraint,
+        PhrasalConstraint as PhrasalConstraint,
+    )
     from unspool.errors import (
         CacheFull as CacheFull,
         CheckpointError as CheckpointError,
@@ -185,6 +198,7 @@ if TYPE_CHECKING:
         ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty,
         ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor,
         ForcedEOSTokenLogitsProcessor as ForcedEOSTokenLogitsProcessor,
+        HammingDiversityLogitsProcessor as HammingDiversityLogitsProcessor,
         InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor,
         LogitNormalization as LogitNormalization,
         LogitsProcessor as LogitsProcessor,

@@ -12,7 +12,7 @@ from families import FAMILIES, VOCAB, make_checkpoint
 from hypothesis import given, settings, strategies as st
 
 import unspool
-from unspool.errors import NonFiniteLogits, Unsupported
+from unspool.errors import NonFiniteLogits
 
 PROMPTS = [[5, 9, 11, 3, 8, 2, 7, 44, 51, 60, 23], [17, 4], [23, 31, 31, 9, 60]]
 PAD = 0
@@ -393,8 +393,6 @@ def test_streams_give_what_is_agreed_before_the_end(llama: Pair) -> None:
         ({"num_beams": 2.5}, TypeError, "num_beams"),
         ({"early_stopping": "sometimes"}, (TypeError, ValueError), "early_stopping"),
         ({"length_penalty": "long"}, (TypeError, ValueError), "length_penalty"),
-        ({"num_beam_groups": 2, "diversity_penalty": 0.5}, Unsupported, "num_beam_groups"),
-        ({"force_words_ids": [[5]]}, Unsupported, "force_words_ids"),
     ],
 )
 def test_mistakes(llama: Pair, wrong: dict[str, Any], kind: Any, text: str) -> None:

@@ -57,9 +57,9 @@ MISTAKES: dict[str, Case] = {
     "stop strings without a tokenizer": ({"stop_strings": ["x"]}, ValueError, "tokenizer"),
     "a past that is none": ({"past_key_values": [1]}, TypeError, "past_key_values"),
     "more results than beams": ({"num_beams": 2, "num_return_sequences": 3}, ValueError, r"num_beams \(2\)"),
-    "groups of beams": (
-        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-        unspool.errors.Unsupported,
+    "groups that do not divide the beams": (
+        {"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 0.5},
+        ValueError,
         "num_beam_groups",
     ),
     "an assistant": ({"assistant_model": object()}, unspool.errors.Unsupported, "assistant_model"),

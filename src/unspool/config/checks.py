@@ -186,6 +186,11 @@ def check_complete(settings: GenerationFields) -> None:
             raise ValueError("num_beam_groups > 1 does not go with do_sample=True; leave one of them out")
         if not settings.diversity_penalty:
             raise ValueError("num_beam_groups > 1 needs a diversity_penalty above 0, else all groups are the same")
+    elif settings.diversity_penalty:
+        raise ValueError(
+            f"diversity_penalty={settings.diversity_penalty} needs num_beam_groups of at least 2, and num_beams to "
+            "divide among them"
+        )
     if constrained:
         for name, wrong, wanted in (
             ("num_beams", beams == 1, "at least 2"),

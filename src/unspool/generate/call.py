@@ -26,10 +26,12 @@ class Backend(Protocol):
 
     Attributes:
         device: where tokens are chosen.
+        vocab: how many tokens there are.
         recompute_past: see `ModelSpec`.
     """
 
     device: torch.device
+    vocab: int
     recompute_past: int | None
 
     def runner(self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool) -> Runner:

@@ -157,7 +157,7 @@ class GenerationMixin:
             padding_lengths=expanded.padding(),
             vocab_size=self.spec.vocab_size,
         )
-        filler = beam_filler(pad, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
+        filler = beam_filler(config, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
         return Call(
             backend=NativeBackend(self),
             config=config,
@@ -207,11 +207,8 @@ def _refuse(**given: Any) -> None:
 
 # Settings of modes that are still to come, with the value that leaves them off.
 _MODES: dict[str, Any] = {
-    "num_beam_groups": 1,
     "penalty_alpha": None,
     "dola_layers": None,
-    "constraints": None,
-    "force_words_ids": None,
     "guidance_scale": None,
     "prompt_lookup_num_tokens": None,
     "assistant_early_exit": None,

@@ -22,6 +22,7 @@ class NativeBackend:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.device = model.device
+        self.vocab = model.spec.vocab_size
         self.recompute_past = model.spec.recompute_past
 
     def runner(

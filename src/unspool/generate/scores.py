@@ -24,11 +24,12 @@ def compute_transition_scores(
         normalize_logits: take the log-softmax of each step's scores first.
 
     Raises:
-        ValueError: more score steps than columns, or none at all.
+        ValueError: more score steps than columns (a beam search may have gone on after its best outputs ended, so with
+            `beam_indices` there may be), or none at all.
 
     Source: `compute_transition_scores` of transformers.
     """
-    if not scores or len(scores) > sequences.shape[1]:
+    if not scores or (beam_indices is None and len(scores) > sequences.shape[1]):
         raise ValueError(
             f"scores has {len(scores)} steps for sequences of {sequences.shape[1]} columns; pass `outputs.scores` of "
             "the call that made `sequences` (it needs output_scores=True and return_dict_in_generate=True)"

@@ -28,6 +28,8 @@ _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
     GenerationMode.SAMPLE: set_up_sampling,
     GenerationMode.BEAM_SEARCH: set_up_beams,
     GenerationMode.BEAM_SAMPLE: set_up_beams,
+    GenerationMode.GROUP_BEAM_SEARCH: set_up_beams,
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: set_up_beams,
 }
 
 

@@ -16,6 +16,7 @@ from unspool.logits.codec import (
     DiaEOSDelayPatternLogitsProcessor,
 )
 from unspool.logits.constrained import PrefixConstrainedLogitsProcessor
+from unspool.logits.diversity import HammingDiversityLogitsProcessor
 from unspool.logits.forced import (
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
@@ -70,6 +71,7 @@ __all__ = [
     "ExponentialDecayLengthPenalty",
     "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
+    "HammingDiversityLogitsProcessor",
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
     "LogitsProcessor",

@@ -43,11 +43,14 @@ class LogitsProcessorList(list[ProcessorLike]):
         super().__init__(processors)
         self._signatures: dict[type, tuple[dict[str, bool], bool]] = {}
 
-    def on_rows(self, input_ids: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
-        """Run every processor on the rows numbered `rows` `[rows]` of a batch that others have left."""
+    def on_rows(self, input_ids: Tensor, scores: Tensor, rows: Tensor, **kwargs: Any) -> Tensor:
+        """Run every processor on the rows numbered `rows` `[rows]` of a batch; `kwargs` as in a call."""
         for processor in self:
             some = getattr(processor, "on_rows", None)
-            scores = processor(input_ids, scores) if some is None else some(input_ids, scores, rows)
+            if some is None:
+                scores = self._run(processor, input_ids, scores, kwargs)
+            else:
+                scores = some(input_ids, scores, rows)
         return scores
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
@@ -62,12 +65,14 @@ class LogitsProcessorList(list[ProcessorLike]):
             ValueError: a processor requires an argument that is not in `kwargs`.
         """
         for processor in self:
-            names, takes_any = self._extra_arguments(processor)
-            if names or takes_any:
-                scores = processor(input_ids, scores, **_select(processor, names, takes_any, kwargs))
-            else:
-                scores = processor(input_ids, scores)
+            scores = self._run(processor, input_ids, scores, kwargs)
         return scores
+
+    def _run(self, processor: ProcessorLike, input_ids: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        names, takes_any = self._extra_arguments(processor)
+        if names or takes_any:
+            return processor(input_ids, scores, **_select(processor, names, takes_any, kwargs))
+        return processor(input_ids, scores)
 
     @property
     def row_independent(self) -> bool:

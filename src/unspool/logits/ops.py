@@ -120,6 +120,18 @@ def eta_cutoff(scores: Tensor, epsilon: Parameter, *, filter_value: float = NEG_
     return torch.where(remove & _below_best(scores, min_keep), filter_value, scores)
 
 
+def hamming_diversity(scores: Tensor, before: Tensor, penalty: float) -> Tensor:
+    """Take `penalty` off a token's score once for each time it stands in `before`.
+
+    Args:
+        scores: `[prompts * rows, vocab]`, rows of one prompt side by side.
+        before: `[prompts, tokens]` what was chosen for each prompt.
+    """
+    counts = torch.zeros(before.shape[0], scores.shape[-1], dtype=torch.int64, device=scores.device)
+    counts.scatter_add_(1, before, torch.ones_like(before))
+    return scores - (penalty * counts).repeat_interleave(scores.shape[0] // before.shape[0], dim=0)
+
+
 def repetition_penalty(
     scores: Tensor, ids: Tensor, penalty: Parameter, *, ignore: int | Tensor | None = None
 ) -> Tensor:

@@ -14,6 +14,7 @@ from unspool.errors import Unsupported
 from unspool.logits.base import LogitsProcessorList, ProcessorLike
 from unspool.logits.bias import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
 from unspool.logits.constrained import PrefixAllowedTokens, PrefixConstrainedLogitsProcessor
+from unspool.logits.diversity import HammingDiversityLogitsProcessor
 from unspool.logits.forced import (
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
@@ -88,7 +89,8 @@ def build_processors(
     configured += _history_processors(config, prompt_length, eos, encoder_input_ids, padding_lengths)
     configured += _length_processors(config, prompt_length, eos, device)
     if prefix_allowed_tokens_fn is not None:
-        configured.append(PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, config.num_beams or 1))
+        rows = (config.num_beams or 1) // (config.num_beam_groups or 1)  # groups are processed one after the other
+        configured.append(PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, rows))
     configured += _token_processors(config, prompt_length, eos, device)
     processors = _merge(configured, custom or ())
     if config.do_sample:
@@ -126,6 +128,9 @@ def _history_processors(
         source = None
     if config.sequence_bias is not None:
         found.append(SequenceBiasLogitsProcessor(config.sequence_bias))
+    groups = config.num_beam_groups or 1
+    if groups > 1 and config.num_beams is not None and config.diversity_penalty:
+        found.append(HammingDiversityLogitsProcessor(config.diversity_penalty, config.num_beams, groups))
     if config.encoder_repetition_penalty is not None and config.encoder_repetition_penalty != 1.0:
         if source is None:
             _warn_no_source("encoder_repetition_penalty")
