@@ -28,7 +28,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "WatermarkingConfig",
     ),
     "unspool.generate": ("GenerationMixin",),
-    "unspool.generate.outputs": ("GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput"),
+    "unspool.generate.outputs": (
+        "GenerateBeamDecoderOnlyOutput",
+        "GenerateBeamEncoderDecoderOutput",
+        "GenerateDecoderOnlyOutput",
+        "GenerateEncoderDecoderOutput",
+    ),
     "unspool.cache": (
         "Cache",
         "DynamicCache",
@@ -174,7 +179,9 @@ if TYPE_CHECKING:
     from unspool.generate import GenerationMixin as GenerationMixin
     from unspool.generate.outputs import (
         GenerateBeamDecoderOnlyOutput as GenerateBeamDecoderOnlyOutput,
+        GenerateBeamEncoderDecoderOutput as GenerateBeamEncoderDecoderOutput,
         GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput,
+        GenerateEncoderDecoderOutput as GenerateEncoderDecoderOutput,
     )
     from unspool.hub import (
         AutoModelForCausalLM as AutoModelForCausalLM,

@@ -19,12 +19,13 @@ import unspool
 ROOT = Path(unspool.__file__).parent
 
 # Below every other room; everybody may import them.
-GROUND = {"errors", "types"}
+GROUND = {"errors", "types", "twins"}
 
 # Room -> the rooms it may import, besides itself and the ground. "models.base" admits that one module of a room.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
+    "twins": set(),
     "config": set(),
     "cache": {"config"},
     "attention": {"config", "cache", "kernels"},
@@ -35,9 +36,9 @@ ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "models": {"config", "attention", "cache.layout", "kernels"},
     "weights": {"config", "models"},
-    "bridge": {"config", "models.base", "attention", "cache"},
+    "bridge": {"config", "models.base", "attention", "cache", "decode"},
     "decode": {"config", "models.base", "cache", "attention", "logits", "stopping"},
-    "generate": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode"},
+    "generate": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode", "bridge"},
     "continuous": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode"},
     "hub": {"*"},
     "server": {"*"},

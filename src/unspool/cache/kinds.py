@@ -7,7 +7,6 @@ imports it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from unspool.cache.layers import DynamicLayer, Layer, SlidingLayer
 from unspool.cache.quantized import QuantizedLayer
 from unspool.cache.recurrent import EmptyLayer, HybridLayer, RecurrentLayer
 from unspool.errors import Unsupported
+from unspool.twins import seen_as
 
 __all__ = [
     "Cache",
@@ -28,9 +28,6 @@ __all__ = [
     "QuantizedCache",
     "StaticCache",
 ]
-
-# A class of ours and transformers' module of caches -> the class that `isinstance` is told of.
-_SEEN_AS: dict[tuple[type, Any], type] = {}
 
 
 class Cache:
@@ -58,7 +55,7 @@ class Cache:
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """What `isinstance` is told: this class, and transformers' of the same name where that is loaded."""
-        return _seen_as(type(self), sys.modules.get("transformers.cache_utils"))
+        return seen_as(type(self), Cache, "transformers.cache_utils")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={self.layers})"
@@ -281,18 +278,6 @@ class Cache:
     def is_dummy(self) -> list[bool]:
         """For each layer, whether it stores nothing."""
         return [isinstance(layer, EmptyLayer) for layer in self.layers]
-
-
-def _seen_as(own: type, theirs: Any) -> type:
-    """`own` as a class that is also the class of that name in module `theirs`, if there is one."""
-    if theirs is None:
-        return own
-    if (own, theirs) not in _SEEN_AS:
-        names = (one.__name__ for one in own.__mro__ if issubclass(one, Cache))
-        twin = next((found for name in names if (found := getattr(theirs, name, None)) is not None), None)
-        joint = own if twin is None else type(own.__name__, (own, twin), {"__module__": own.__module__})
-        _SEEN_AS[own, theirs] = joint
-    return _SEEN_AS[own, theirs]
 
 
 class DynamicCache(Cache):

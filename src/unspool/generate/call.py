@@ -21,15 +21,35 @@ from unspool.logits import LogitsProcessorList
 from unspool.stopping import Limits
 
 
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a backend can and wants.
+
+    Attributes:
+        shares_prompts: rows with the same prompt need it computed only once.
+        traces: attention weights and hidden states come through the loop; otherwise the backend records them.
+        inference_mode: computes in PyTorch's inference mode where the caller does not see its tensors.
+        prompt_budget: prompt tokens to compute in one step when the caller names no chunk; `None` takes all.
+    """
+
+    shares_prompts: bool = True
+    traces: bool = True
+    inference_mode: bool = True
+    # enough to keep matrix products at full speed and ordinary batches whole, few enough to bound activations
+    prompt_budget: int | None = 8192
+
+
 class Backend(Protocol):
     """Whatever computes, as far as a call needs to know it.
 
     Attributes:
+        abilities: see there.
         device: where tokens are chosen.
         vocab: how many tokens there are.
         recompute_past: see `ModelSpec`.
     """
 
+    abilities: Abilities
     device: torch.device
     vocab: int
     recompute_past: int | None
@@ -48,6 +68,10 @@ class Backend(Protocol):
 
     def past(self, rows: list[Sequence], runner: Runner, width: int) -> Any:
         """What to hand back as `past_key_values` of `rows`, stored up to `width` padded columns."""
+        ...
+
+    def dress(self, result: Tensor | GenerateOutput) -> Tensor | GenerateOutput:
+        """The result as the caller gets it, with what only the backend knows."""
         ...
 
     def fault(self, row: Sequence) -> str:
@@ -94,7 +118,7 @@ class Call:
             logits=[] if self.detailed and config.output_logits else None,
         )
         heads, hidden = bool(config.output_attentions), bool(config.output_hidden_states)
-        wanted = self.detailed and (heads or hidden)
+        wanted = self.detailed and (heads or hidden) and self.backend.abilities.traces
         self.tracer = Tracer(len(self.prompts.tokens), self.copies, heads, hidden) if wanted else None
 
     @property
@@ -118,8 +142,10 @@ class Call:
         return [Sequence(number, list(tokens)) for number, tokens in enumerate(self.prompts.tokens)]
 
     def twins(self, rows: list[Sequence]) -> list[Sequence] | None:
-        """For each row the first that shares its prompt; `None` where none does."""
-        return [rows[i - i % self.copies] for i in range(len(rows))] if self.copies > 1 else None
+        """For each row the first that shares its prompt; `None` where each is computed by itself."""
+        if self.copies == 1 or not self.backend.abilities.shares_prompts:
+            return None
+        return [rows[i - i % self.copies] for i in range(len(rows))]
 
     def noise(self) -> Noise | None:
         """Where sampling noise comes from; `None` when nothing is drawn."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unspool.config import GenerationConfig
 from unspool.models.base import ModelSpec
 
 
@@ -37,6 +38,14 @@ class Prompts:
     def padding(self) -> Tensor | None:
         """Columns before each row's first true token, `[rows]`; `None` when no row has any."""
         return None if bool(self.mask[:, 0].all()) else self.mask.int().argmax(dim=1)
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """A configuration's end tokens, as a list."""
+    value = config.eos_token_id
+    if value is None:
+        return []
+    return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def read_prompts(

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence as Items
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
 from unspool.errors import Unsupported
 from unspool.generate.beams import beam_filler
 from unspool.generate.call import Call
-from unspool.generate.inputs import read_prompts
-from unspool.generate.native import NativeBackend, read_past
+from unspool.generate.foreign import ForeignSource
+from unspool.generate.inputs import end_tokens
+from unspool.generate.native import NativeSource
 from unspool.generate.outputs import GenerateOutput
+from unspool.generate.reading import Arguments, Source
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
 from unspool.generate.stream import Stream
@@ -84,8 +86,8 @@ class GenerationMixin:
             custom_generate=custom_generate,
             synced_gpus=synced_gpus or None,
         )
-        resolved = resolve(kwargs, generation_config, self.generation_config)
-        arguments = _Arguments(inputs, resolved.unused)
+        resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
+        arguments = Arguments(inputs, resolved.unused)
         try:
             call = self._prepare(
                 arguments, resolved, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer
@@ -112,7 +114,7 @@ class GenerationMixin:
 
     def _prepare(
         self,
-        arguments: _Arguments,
+        arguments: Arguments,
         resolved: Resolved,
         logits_processor: Items[Any] | None,
         stopping_criteria: Items[Any] | None,
@@ -120,83 +122,58 @@ class GenerationMixin:
         streamer: Any,
     ) -> Call:
         """Settle everything that can be wrong before any work is done."""
-        assert isinstance(self, Model), "GenerationMixin goes in front of a native model"
+        source = self._source()
         config = resolved.config
         _refuse_modes(config)
-        eos = _ids(config.eos_token_id)
+        eos = end_tokens(config)
         pad = config.pad_token_id
-        prompts = read_prompts(
-            arguments.input_ids,
-            arguments.attention_mask,
-            spec=self.spec,
-            device=self.device,
-            bos=config.bos_token_id,
-            pad=pad,
-            eos=eos,
-        )
-        past = read_past(arguments.past_key_values, len(prompts.tokens))
         beams = int(config.num_beams or 1)
         copies = beams if beams > 1 else int(config.num_return_sequences or 1)
-        expanded = prompts.expand(copies) if copies > 1 else prompts
-        columns = expanded.rectangle.shape[1]
+        reading = source.read(arguments, config, copies)
+        prompts = reading.prompts
+        columns = prompts.rectangle.shape[1]
         lengths = effective_lengths(
-            resolved,
-            columns,
-            max_positions=self.spec.max_positions,
-            beyond="refuse" if self.spec.hard_limit else "allow" if self.spec.needs_extents else "warn",
+            resolved, columns, max_positions=source.max_positions, beyond=source.beyond, embeds_length=reading.embeds
         )
         config.max_length, config.min_length = lengths.max_length, lengths.min_length
         processors = build_processors(
             config,
             prompt_length=columns,
-            eos_token_id=torch.tensor(eos, device=self.device) if eos else None,
-            device=self.device,
+            eos_token_id=torch.tensor(eos, device=source.device) if eos else None,
+            device=source.device,
             custom=logits_processor,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            encoder_input_ids=prompts.rectangle,
-            padding_lengths=expanded.padding(),
-            vocab_size=self.spec.vocab_size,
+            encoder_input_ids=reading.encoder_ids,
+            padding_lengths=reading.padding,
+            vocab_size=source.vocab_size,
         )
         filler = beam_filler(config, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
         return Call(
-            backend=NativeBackend(self),
+            backend=reading.backend,
             config=config,
-            prompts=expanded,
+            prompts=prompts,
             copies=copies,
             processors=processors,
             limits=build_limits(
                 config,
                 eos=eos,
-                max_positions=self.spec.max_positions,
+                max_positions=source.max_positions,
                 custom=stopping_criteria,
                 tokenizer=arguments.tokenizer,
             ),
             filler=filler,
-            stream=None if streamer is None else Stream(streamer, prompts if beams > 1 else expanded),
-            past=past,
+            stream=None if streamer is None else Stream(streamer, reading.seen if beams > 1 else prompts),
+            past=reading.past,
             foreign=bool(logits_processor or stopping_criteria or prefix_allowed_tokens_fn),
         )
 
-
-class _Arguments:
-    """The keyword arguments that are not settings, each read once; what is left over is a mistake."""
-
-    def __init__(self, inputs: Any, unused: dict[str, Any]) -> None:
-        rest = dict(unused)
-        input_ids = rest.pop("input_ids", None)
-        if inputs is not None and input_ids is not None:
-            raise ValueError("pass the prompts as `inputs` or as `input_ids`, not both")
-        self.input_ids = inputs if input_ids is None else input_ids
-        self.attention_mask = rest.pop("attention_mask", None)
-        self.past_key_values = rest.pop("past_key_values", None)
-        self.tokenizer = rest.pop("tokenizer", None)
-        for name in ("use_model_defaults", "token_type_ids"):  # transformers takes them; they change nothing here
-            rest.pop(name, None)
-        if rest.pop("inputs_embeds", None) is not None:
-            raise Unsupported("inputs_embeds is not supported by native models in this version; pass input_ids")
-        if rest:
-            names = ", ".join(sorted(rest))
-            raise ValueError(f"generate() got arguments it has no use for: {names} (a misspelt setting?)")
+    def _source(self) -> Source:
+        """The model, as the call reads it."""
+        if isinstance(self, Model):
+            return NativeSource(self)
+        if isinstance(self, nn.Module):
+            return ForeignSource(self)
+        raise TypeError(f"GenerationMixin goes in front of a torch.nn.Module, which {type(self).__name__} is not")
 
 
 def _refuse(**given: Any) -> None:
@@ -221,10 +198,3 @@ def _refuse_modes(config: GenerationConfig) -> None:
         value = getattr(config, name, off)
         if value not in (off, None):
             raise Unsupported(f"{name}={value!r} is not supported in this version; leave it at {off!r}")
-
-
-def _ids(value: Any) -> list[int]:
-    """An id, a list of ids or nothing, as a list."""
-    if value is None:
-        return []
-    return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from unspool.cache import PagedStore, PastKeyValues
 from unspool.cache.past import PastRow
+from unspool.config import GenerationConfig
 from unspool.decode.fault import find_fault
 from unspool.decode.runner import PagedRunner, Runner
 from unspool.decode.sequence import Sequence
+from unspool.errors import Unsupported
+from unspool.generate.call import Abilities
+from unspool.generate.inputs import end_tokens, read_prompts
+from unspool.generate.outputs import GenerateOutput
+from unspool.generate.reading import Arguments, Reading
 from unspool.models.base import Model
 
 # New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.
@@ -18,6 +26,8 @@ _BLOCK = 16
 
 class NativeBackend:
     """See `generate.call.Backend`."""
+
+    abilities = Abilities()
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -43,6 +53,10 @@ class NativeBackend:
         assert isinstance(runner, PagedRunner)
         stored = [PastRow(row.tokens[: row.computed], row.computed, row.blocks) for row in rows]
         return PastKeyValues(runner.store, stored, width)
+
+    def dress(self, result: Tensor | GenerateOutput) -> Tensor | GenerateOutput:
+        """See `Backend`: nothing to add."""
+        return result
 
     def fault(self, row: Sequence) -> str:
         """See `Backend`."""
@@ -70,6 +84,52 @@ class NativeBackend:
     def _empty(self, blocks: int) -> PagedStore:
         model = self.model
         return PagedStore(model.spec.groups, blocks, dtype=model.dtype, device=self.device, block_size=_BLOCK)
+
+
+class NativeSource:
+    """See `generate.reading.Source`."""
+
+    def __init__(self, model: Model) -> None:
+        spec = model.spec
+        self.model = model
+        self.device = model.device
+        self.vocab_size: int | None = spec.vocab_size
+        self.max_positions: int | None = spec.max_positions
+        self.beyond: Literal["refuse", "warn", "allow"] = (
+            "refuse" if spec.hard_limit else "allow" if spec.needs_extents else "warn"
+        )
+
+    def read(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
+        """See `Source`."""
+        rest = dict(arguments.rest)
+        ids = rest.pop("input_ids", None)
+        if arguments.inputs is not None and ids is not None:
+            raise ValueError("pass the prompts as `inputs` or as `input_ids`, not both")
+        mask, past = rest.pop("attention_mask", None), rest.pop("past_key_values", None)
+        rest.pop("token_type_ids", None)  # tokenizers give them; they change nothing here
+        if rest.pop("inputs_embeds", None) is not None:
+            raise Unsupported("inputs_embeds is not supported by native models in this version; pass input_ids")
+        if rest:
+            names = ", ".join(sorted(rest))
+            raise ValueError(f"generate() got arguments it has no use for: {names} (a misspelt setting?)")
+        prompts = read_prompts(
+            arguments.inputs if ids is None else ids,
+            mask,
+            spec=self.model.spec,
+            device=self.device,
+            bos=config.bos_token_id,
+            pad=config.pad_token_id,
+            eos=end_tokens(config),
+        )
+        expanded = prompts.expand(copies) if copies > 1 else prompts
+        return Reading(
+            prompts=expanded,
+            seen=prompts,
+            backend=NativeBackend(self.model),
+            past=read_past(past, len(prompts.tokens)),
+            encoder_ids=prompts.rectangle,
+            padding=expanded.padding(),
+        )
 
 
 def read_past(past: Any, rows: int) -> PastKeyValues | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unspool.cache import PastKeyValues
+from unspool.twins import seen_as
 
 
 class ModelOutput(OrderedDict[str, Any]):
@@ -18,6 +18,11 @@ class ModelOutput(OrderedDict[str, Any]):
     `out.sequences`, `out["sequences"]` and `out[0]` are the same; `out.to_tuple()`, `len(out)` and iteration over keys
     leave out fields that are `None`.
     """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` is told: this class, and transformers' of the same name where that is loaded."""
+        return seen_as(type(self), ModelOutput, "transformers.generation.utils")
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
@@ -68,7 +73,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     logits: tuple[Tensor, ...] | None = None
     attentions: tuple[tuple[Tensor, ...], ...] | None = None
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
-    past_key_values: PastKeyValues | None = None
+    past_key_values: Any = None
     finish_reasons: list[str] | None = None
 
 
@@ -88,7 +93,8 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
         attentions: per step and layer, `[beam rows, heads, queries, keys]`, with `output_attentions=True`.
         hidden_states: per step and layer (embeddings first), `[beam rows, queries, hidden]`, with
             `output_hidden_states=True`.
-        past_key_values: always `None`: the rows that ran last need not be those that are returned.
+        past_key_values: `None` for native models: the rows that ran last need not be those that are returned. For other
+            modules their cache, as transformers gives it.
         finish_reasons: per sequence, `"stop"` or `"length"`.
     """
 
@@ -99,8 +105,64 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     beam_indices: Tensor | None = None
     attentions: tuple[tuple[Tensor, ...], ...] | None = None
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
-    past_key_values: PastKeyValues | None = None
+    past_key_values: Any = None
     finish_reasons: list[str] | None = None
 
 
-GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
+@dataclass(eq=False, repr=False)
+class GenerateEncoderDecoderOutput(ModelOutput):
+    """Result of greedy decoding or sampling with an encoder-decoder model.
+
+    Attributes:
+        sequences: `[rows, columns]` int64, what the decoder began with included.
+        scores, logits: as in `GenerateDecoderOnlyOutput`.
+        encoder_attentions, encoder_hidden_states: per layer of the encoder, as it gave them.
+        decoder_attentions, cross_attentions: per step and layer, `[rows, heads, queries, keys]`.
+        decoder_hidden_states: per step and layer, `[rows, queries, hidden]`.
+        past_key_values: the module's cache, with `use_cache=True`.
+        finish_reasons: per row, `"stop"` or `"length"`.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    cross_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    decoder_hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: Any = None
+    finish_reasons: list[str] | None = None
+
+
+@dataclass(eq=False, repr=False)
+class GenerateBeamEncoderDecoderOutput(ModelOutput):
+    """Result of beam search or beam sampling with an encoder-decoder model.
+
+    Attributes:
+        sequences, sequences_scores, scores, logits, beam_indices: as in `GenerateBeamDecoderOnlyOutput`.
+        encoder_attentions, encoder_hidden_states, decoder_attentions, cross_attentions, decoder_hidden_states,
+            past_key_values: as in `GenerateEncoderDecoderOutput`, for the beam rows.
+        finish_reasons: per sequence, `"stop"` or `"length"`.
+    """
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    cross_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    decoder_hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: Any = None
+    finish_reasons: list[str] | None = None
+
+
+GenerateOutput = (
+    GenerateDecoderOnlyOutput
+    | GenerateBeamDecoderOnlyOutput
+    | GenerateEncoderDecoderOutput
+    | GenerateBeamEncoderDecoderOutput
+)

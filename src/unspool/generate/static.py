@@ -19,10 +19,6 @@ from unspool.generate.call import Call, Setup
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.sampling import set_up_sampling
 
-# Prompt tokens computed in one step when the caller names no chunk: enough to keep matrix products at full speed and
-# ordinary batches whole, few enough to bound activations.
-_PROMPT_BUDGET = 8192
-
 _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
     GenerationMode.GREEDY_SEARCH: set_up_sampling,
     GenerationMode.SAMPLE: set_up_sampling,
@@ -52,12 +48,12 @@ def run(call: Call) -> Tensor | GenerateOutput:
     loop = Loop(runner, scheduler, device=call.backend.device, in_step=in_step)
     with _mode(call):
         loop.run()
-    return setup.result(runner)
+    return call.backend.dress(setup.result(runner))
 
 
 def _mode(call: Call) -> AbstractContextManager[Any]:
     """Inference mode, unless its tensors would reach the caller, who may want to compute with them."""
-    seen = call.every_row or call.detailed or call.foreign
+    seen = call.every_row or call.detailed or call.foreign or not call.backend.abilities.inference_mode
     return torch.no_grad() if seen else torch.inference_mode()
 
 
@@ -65,6 +61,7 @@ def _chunk(call: Call, rows: list[Sequence]) -> int | None:
     """Columns of prompt per step."""
     if call.config.prefill_chunk_size is not None:
         return int(call.config.prefill_chunk_size)
-    if sum(len(row.tokens) for row in rows[:: call.copies]) <= _PROMPT_BUDGET:
+    budget = call.backend.abilities.prompt_budget
+    if budget is None or sum(len(row.tokens) for row in rows[:: call.copies]) <= budget:
         return None
-    return max(64, _PROMPT_BUDGET // -(-len(rows) // call.copies))
+    return max(64, budget // -(-len(rows) // call.copies))

@@ -36,7 +36,7 @@ def build_limits(
     config: GenerationConfig,
     *,
     eos: Sequence[int],
-    max_positions: int,
+    max_positions: int | None,
     custom: Sequence[CriterionLike] | None = None,
     tokenizer: Decoder | None = None,
 ) -> Limits:
@@ -45,7 +45,7 @@ def build_limits(
     Args:
         config: resolved settings; `max_length` is the final one.
         eos: the settings' end tokens.
-        max_positions: positions the model was made for.
+        max_positions: positions the model was made for, or `None`.
     """
     every = build_criteria(config, custom=custom, tokenizer=tokenizer, max_position_embeddings=max_positions)
     width = min(int(c.max_length) for c in every if isinstance(c, MaxLengthCriteria))

@@ -1,0 +1,273 @@
+"""Foreign modules as a call's source and backend: their inputs read with their own hooks, run as rows."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unspool.bridge.module import Foreign
+from unspool.bridge.rows import Record, RowsRunner
+from unspool.config import GenerationConfig
+from unspool.decode.sequence import Sequence
+from unspool.generate.call import Abilities
+from unspool.generate.inputs import Prompts, end_tokens
+from unspool.generate.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+    GenerateOutput,
+)
+from unspool.generate.reading import Arguments, Reading
+
+
+class ForeignSource:
+    """See `generate.reading.Source`. The steps and their order are those of transformers' `generate()`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.foreign = Foreign(module)
+        self.device = self.foreign.device
+        self.vocab_size: int | None = self.foreign.entry("vocab_size")
+        positions = getattr(self.foreign.config, "max_position_embeddings", None)
+        self.max_positions: int | None = positions if isinstance(positions, int) else None
+        self.beyond: Literal["refuse", "warn", "allow"] = "allow"
+
+    @torch.no_grad()
+    def read(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
+        """See `Source`; runs the encoder where there is one."""
+        foreign = self.foreign
+        inputs = dict(arguments.rest)
+        foreign.check(inputs)
+        main, name, inputs = self._main_input(arguments.inputs, inputs, config)
+        has_mask = inputs.get("attention_mask") is not None
+        their = foreign.their_config(config, has_mask, main.shape[0])
+        if name == "inputs_embeds" and not foreign.encoder_decoder:
+            config.use_cache = True  # else nothing would tell the first step from the others
+        mask_length = self._mask_and_positions(main, inputs, their, has_mask)
+        inputs = foreign.encode(main, name, inputs, their)
+        if foreign.encoder_decoder:
+            ids, inputs = self._decoder_ids(main.shape[0], name, inputs, config, their)
+        else:
+            ids = main if name == "input_ids" else inputs.pop("input_ids")
+        mask = inputs.get(foreign.mask_name)
+        seen = _prompts(ids, mask)
+        rows, inputs = self._expand(ids, inputs, copies)
+        if foreign.accepts("logits_to_keep") and "logits_to_keep" not in inputs:
+            inputs["logits_to_keep"] = 1
+        for wanted in ("output_attentions", "output_hidden_states"):
+            if getattr(config, wanted) and wanted not in inputs:
+                inputs[wanted] = True
+        inputs["use_cache"] = config.use_cache
+        prompts = _prompts(rows, inputs.get(foreign.mask_name))
+        return Reading(
+            prompts=prompts,
+            seen=seen,
+            backend=RowsBackend(foreign, config, their, inputs, rows, mask_length),
+            past=None,
+            encoder_ids=main if main.ndim == 2 and not main.is_floating_point() else None,
+            padding=None if foreign.encoder_decoder or not rows.shape[1] else prompts.padding(),
+            embeds=main.shape[1] if name == "inputs_embeds" and not foreign.encoder_decoder else 0,
+        )
+
+    def _main_input(
+        self, given: Any, inputs: dict[str, Any], config: GenerationConfig
+    ) -> tuple[Tensor, str, dict[str, Any]]:
+        """What the module (of an encoder-decoder, the encoder) reads, its name, and the other inputs."""
+        foreign = self.foreign
+        if isinstance(given, list) or isinstance(inputs.get("input_ids"), list):
+            given, inputs = _from_lists(given, inputs, config.pad_token_id)
+        hook = foreign.hook("_prepare_model_inputs")
+        if hook is not None:
+            main, name, inputs = hook(given, config.bos_token_id, inputs)
+            return main.to(self.device), name, {key: _moved(value, self.device) for key, value in inputs.items()}
+        name = getattr(foreign.module, "main_input_name", "input_ids")
+        passed = inputs.pop(name, None)
+        if given is not None and passed is not None:
+            raise ValueError(f"pass the prompts as `inputs` or as `{name}`, not both")
+        main = passed if given is None else given
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None:
+            if foreign.encoder_decoder and main is not None:
+                raise ValueError("pass either inputs_embeds or input_ids; the encoder reads one of them")
+            if not foreign.encoder_decoder:
+                rows = embeds.shape[0]
+                none = torch.empty(rows, 0, dtype=torch.int64)
+                inputs["input_ids"] = (none if main is None else main).to(self.device)
+            main, name = embeds, "inputs_embeds"
+        if main is None and config.bos_token_id is None:
+            raise ValueError("input_ids is empty and the model has no bos_token_id to start from; pass a prompt")
+        if main is None:
+            main = torch.full((1, 1), int(config.bos_token_id or 0))
+        if not isinstance(main, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(main).__name__}")
+        if name == "input_ids" and (main.ndim != 2 or not main.numel() or main.is_floating_point()):
+            raise ValueError(f"input_ids must be integers [rows, columns], not {main.dtype} of {list(main.shape)}")
+        return main.to(self.device), name, {key: _moved(value, self.device) for key, value in inputs.items()}
+
+    def _mask_and_positions(self, main: Tensor, inputs: dict[str, Any], their: Any, has_mask: bool) -> int | None:
+        """Fill in what the module takes and the caller left out; gives a dropped mask's width."""
+        foreign = self.foreign
+        takes_mask = foreign.accepts("attention_mask")
+        if not has_mask and not foreign.encoder_decoder and takes_mask:
+            inputs["attention_mask"] = foreign.mask(main, inputs, their)
+        if foreign.encoder_decoder:
+            return None
+        if inputs.get("position_ids") is None and foreign.accepts("position_ids"):
+            inputs["position_ids"] = foreign.positions(main, inputs)
+        mask = inputs.get("attention_mask")
+        if takes_mask and mask is not None and mask.ndim == 2 and bool((mask == 1).all()):
+            inputs["attention_mask"] = None
+            return int(mask.shape[1])
+        return None
+
+    def _decoder_ids(
+        self, rows: int, name: str, inputs: dict[str, Any], config: GenerationConfig, their: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What an encoder-decoder's decoder begins with."""
+        start = config.decoder_start_token_id
+        start = config.bos_token_id if start is None else start
+        if start is None:
+            raise ValueError("decoder_start_token_id (or bos_token_id) must be set: the decoder has to begin somewhere")
+        hook = self.foreign.hook("_prepare_decoder_input_ids_for_generation")
+        if hook is not None:
+            token = their._decoder_start_token_tensor
+            ids, inputs = hook(rows, name, inputs, token, device=self.device)
+            return ids, inputs
+        begin = torch.as_tensor(start, device=self.device).reshape(-1, 1).expand(rows, 1)
+        ids = inputs.pop("decoder_input_ids", None)
+        if ids is None:
+            return begin.contiguous(), inputs
+        if bool((ids[:, :1] != begin).all()):
+            ids = torch.cat([begin, ids], dim=1)
+        return ids, inputs
+
+    def _expand(self, ids: Tensor, inputs: dict[str, Any], copies: int) -> tuple[Tensor, dict[str, Any]]:
+        """Ids and inputs with every row `copies` times, side by side."""
+        if copies == 1:
+            return ids, inputs
+        hook = self.foreign.hook("_expand_inputs_for_generation")
+        if hook is not None:
+            given = {"expand_size": copies, "is_encoder_decoder": self.foreign.encoder_decoder, "input_ids": ids}
+            rows, inputs = hook(**given, **inputs)
+            return rows, inputs
+        return ids.repeat_interleave(copies, dim=0), {
+            name: _repeated(value, ids.shape[0], copies) for name, value in inputs.items()
+        }
+
+
+_WITH_ENCODER: dict[type, type[GenerateEncoderDecoderOutput] | type[GenerateBeamEncoderDecoderOutput]] = {
+    GenerateDecoderOnlyOutput: GenerateEncoderDecoderOutput,
+    GenerateBeamDecoderOnlyOutput: GenerateBeamEncoderDecoderOutput,
+}
+
+
+class RowsBackend:
+    """See `generate.call.Backend`."""
+
+    abilities = Abilities(shares_prompts=False, traces=False, inference_mode=False, prompt_budget=None)
+    recompute_past: int | None = None
+    vocab: int
+
+    def __init__(
+        self,
+        foreign: Foreign,
+        config: GenerationConfig,
+        their: Any,
+        inputs: dict[str, Any],
+        ids: Tensor,
+        mask_length: int | None,
+    ) -> None:
+        self.foreign = foreign
+        self.device = ids.device
+        self.vocab = int(foreign.entry("vocab_size") or 2**31)  # unknown: logits will tell
+        self._config, self._their, self._inputs, self._ids = config, their, inputs, ids
+        self._mask_length = mask_length
+        self._encoded = inputs.get("encoder_outputs")
+        detailed = bool(config.return_dict_in_generate)
+        heads, hidden = bool(config.output_attentions), bool(config.output_hidden_states)
+        self._record = Record(heads, hidden) if detailed and (heads or hidden) else None
+        self._runner: RowsRunner | None = None
+
+    def runner(self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool) -> RowsRunner:
+        """See `Backend`: makes the module's cache."""
+        embeds = self._inputs.get("inputs_embeds")
+        begin = self._ids.shape[1] if embeds is None or self.foreign.encoder_decoder else embeds.shape[1]
+        self.foreign.cache(self._config, self._their, self._inputs, len(rows), max(begin, self._ids.shape[1]) + new - 1)
+        pad, eos = self._config.pad_token_id, end_tokens(self._config)
+        filler = int(pad) if pad is not None else eos[0] if eos else 0
+        self._runner = RowsRunner(self.foreign, self._ids, self._inputs, filler, self._mask_length, self._record)
+        return self._runner
+
+    def past(self, rows: list[Sequence], runner: Any, width: int) -> Any:
+        """See `Backend`: the module's own cache."""
+        return runner.past
+
+    def dress(self, result: Tensor | GenerateOutput) -> Tensor | GenerateOutput:
+        """See `Backend`: with the attentions and hidden states of every step, and the encoder's."""
+        if isinstance(result, Tensor):
+            return result
+        record = self._record
+        heads = None if record is None or record.attentions is None else tuple(record.attentions)
+        hidden = None if record is None or record.hidden_states is None else tuple(record.hidden_states)
+        assert self._runner is not None
+        values = {one.name: getattr(result, one.name) for one in fields(result)}
+        values["past_key_values"] = self._runner.past if self._config.use_cache else None
+        if not self.foreign.encoder_decoder:
+            values |= {"attentions": heads, "hidden_states": hidden}
+            return type(result)(**values)
+        kind = _WITH_ENCODER[type(result)]
+        values |= {
+            "encoder_attentions": getattr(self._encoded, "attentions", None) if heads is not None else None,
+            "encoder_hidden_states": getattr(self._encoded, "hidden_states", None) if hidden is not None else None,
+            "decoder_attentions": heads,
+            "cross_attentions": None if heads is None or record is None else tuple(record.cross_attentions or ()),
+            "decoder_hidden_states": hidden,
+        }
+        return kind(**{one.name: values[one.name] for one in fields(kind) if one.name in values})
+
+    def fault(self, row: Sequence) -> str:
+        """See `Backend`."""
+        name = type(self.foreign.module).__name__
+        logits = None if self._runner is None else self._runner.logits
+        if logits is not None and not bool(logits[row.row].isfinite().all()):
+            return f"the logits of {name} are not finite (damaged weights, or too narrow a dtype?)"
+        return f"the logits of {name} are finite, so a logits processor left no token to choose"
+
+
+def _prompts(ids: Tensor, mask: Tensor | None) -> Prompts:
+    """Ids as prompts; true tokens are those that `mask` keeps."""
+    if mask is None or mask.shape != ids.shape:
+        return Prompts(ids, torch.ones_like(ids, dtype=torch.bool), ids.tolist())
+    true = mask.bool()
+    return Prompts(ids, true, [row[keep].tolist() for row, keep in zip(ids, true, strict=True)])
+
+
+def _from_lists(given: Any, inputs: dict[str, Any], pad: int | None) -> tuple[Tensor, dict[str, Any]]:
+    """Prompts given as lists of ids, as a rectangle padded on the left, and its mask."""
+    rows = given if given is not None else inputs["input_ids"]
+    if not rows or not all(isinstance(row, list) and row for row in rows):
+        raise ValueError("input_ids as a list must hold one non-empty list of token ids per row")
+    columns = max(map(len, rows))
+    filler = 0 if pad is None else pad
+    ids = torch.tensor([[filler] * (columns - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in rows])
+    return ids, {"attention_mask": mask, **{name: one for name, one in inputs.items() if name != "input_ids"}}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _repeated(value: Any, rows: int, times: int) -> Any:
+    """A tensor `[rows, ...]` (or a dict or output of them) with every row `times` times; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(times, dim=0) if value.ndim and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        for name in value:
+            value[name] = _repeated(value[name], rows, times)
+    if isinstance(value, list | tuple):
+        return type(value)(_repeated(one, rows, times) for one in value)
+    return value

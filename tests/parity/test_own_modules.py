@@ -1,0 +1,284 @@
+"""`unspool.GenerationMixin` on modules of a user's own: any way to keep a past, any form of output.
+
+Each module here is a shell around one tiny model, so that transformers' `generate()` on that model is the oracle.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from families import make_model
+from torch import Tensor, nn
+
+import unspool
+from unspool import GenerationMixin
+
+
+class Shell(nn.Module, GenerationMixin):
+    """Holds the tiny model; nothing of it is seen from outside but its weights."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class Plain(Shell):
+    """No cache, no mask; logits alone."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(input_ids).logits
+
+
+class Masked(Shell):
+    """No cache; mask and positions; a dict."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(input_ids, attention_mask=attention_mask, position_ids=position_ids).logits}
+
+
+class Tuples(Shell):
+    """Keeps its past in tuples of tensors, which it makes itself; a tuple."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, past_key_values: Any = None, use_cache: bool = False,
+        position_ids: Any = None,
+    ) -> Any:  # fmt: skip
+        past = unspool.DynamicCache.from_legacy_cache(past_key_values)
+        out = self.inner(input_ids, attention_mask, position_ids, past_key_values=past, use_cache=True)
+        return (out.logits, past.to_legacy_cache()) if use_cache else (out.logits,)
+
+
+class Cached(Shell):
+    """Takes a cache and says so; an object."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, past_key_values: unspool.Cache | None = None,
+        use_cache: bool = False, position_ids: Any = None,
+    ) -> Any:  # fmt: skip
+        assert past_key_values is not None or not use_cache
+        self.fed = [*getattr(self, "fed", []), input_ids.shape[1]]
+        return self.inner(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+
+class Hooked(Shell):
+    """Prepares its inputs by itself, as modules written for older versions do."""
+
+    def forward(self, tokens: Tensor, input_ids: Any = None, mask: Any = None, cache: Any = None) -> Any:
+        return self.inner(tokens, mask, past_key_values=cache, use_cache=cache is not None)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if past_key_values is None:
+            self.own = past_key_values = unspool.DynamicCache()
+        seen = past_key_values.get_seq_length()
+        return {"tokens": input_ids[:, seen:], "mask": attention_mask, "cache": past_key_values}
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "ends": {"eos_token_id": [5, 17, 33, 21, 60, 61, 62, 63], "pad_token_id": 1},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def inner() -> Any:
+    return make_model("llama")
+
+
+def prompts(rows: int = 3) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 97, (rows, 7), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [Masked, Tuples, Cached])
+def test_tokens_are_transformers(inner: Any, kind: type[Shell], mode: str) -> None:
+    ids, mask = prompts()
+    torch.manual_seed(0)
+    expected = inner.generate(ids, attention_mask=mask, max_new_tokens=9, **MODES[mode])
+    torch.manual_seed(0)
+    found = kind(inner).generate(ids, attention_mask=mask, max_new_tokens=9, **MODES[mode])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_a_forward_of_ids_alone_will_do(inner: Any, mode: str) -> None:
+    ids, _ = prompts()
+    assert torch.equal(
+        Plain(inner).generate(ids, max_new_tokens=6, **MODES[mode]),
+        inner.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **MODES[mode]),
+    )
+
+
+def test_its_own_preparation_is_honoured(inner: Any) -> None:
+    ids, _ = prompts(1)
+    model = Hooked(inner)
+    assert torch.equal(model.generate(ids, max_new_tokens=6), inner.generate(ids, max_new_tokens=6))
+    assert model.own is not None
+
+
+def test_a_cache_is_fed_one_token_at_a_time(inner: Any) -> None:
+    ids, mask = prompts()
+    model = Cached(inner)
+    model.generate(ids, attention_mask=mask, max_new_tokens=5)
+    assert model.fed == [7, 1, 1, 1, 1]
+    model.fed = []
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, use_cache=False)
+    assert model.fed == [7, 8, 9]
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+def test_cache_kinds(inner: Any, kind: str) -> None:
+    ids, mask = prompts()
+    model = Cached(inner)
+    model.config = inner.config  # which tells how many layers there are
+    found = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, cache_implementation=kind, return_dict_in_generate=True
+    )
+    assert torch.equal(found.sequences, inner.generate(ids, attention_mask=mask, max_new_tokens=6))
+    assert type(found.past_key_values).__name__.lower().startswith(kind)
+
+
+def test_past_key_values_go_on(inner: Any) -> None:
+    ids, mask = prompts()
+    model = Cached(inner)
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True)
+    longer = torch.ones_like(first.sequences)
+    longer[:, :7] = mask
+    model.fed = []
+    again = model.generate(
+        first.sequences, attention_mask=longer, past_key_values=first.past_key_values, max_new_tokens=4
+    )
+    assert model.fed == [1, 1, 1, 1]
+    assert torch.equal(again, inner.generate(ids, attention_mask=mask, max_new_tokens=8))
+
+
+def test_outputs_and_streams(inner: Any) -> None:
+    ids, _ = prompts(1)
+
+    class Heard:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.ended = False
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    heard = Heard()
+    model = Cached(inner)
+    out = model.generate(
+        ids, max_new_tokens=5, streamer=heard, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    assert heard.tokens == out.sequences[0].tolist()
+    assert heard.ended
+    assert len(out.scores) == len(out.logits) == 5
+    assert out.finish_reasons == ["length"]
+    scores = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    assert scores.shape == (1, 5)
+
+
+def test_lists_of_any_lengths(inner: Any) -> None:
+    rows = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    found = Cached(inner).generate(rows, max_new_tokens=4, pad_token_id=0)
+    for row, out in zip(rows, found, strict=True):
+        alone = inner.generate(torch.tensor([row]), max_new_tokens=4)
+        assert out[4:].tolist() == alone[0, len(row) :].tolist()
+
+
+def test_the_module_is_left_as_it_was(inner: Any) -> None:
+    model = Tuples(inner)
+    before = {**vars(model)}
+    ids, mask = prompts()
+    model.generate(ids, attention_mask=mask, max_new_tokens=3)
+    assert vars(model) == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_training_step_after_a_call_is_the_same(inner: Any) -> None:
+    import copy
+
+    ids, mask = prompts()
+
+    def step(model: Any) -> list[Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(ids, attention_mask=mask).logits.square().mean().backward()
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    fresh, used = copy.deepcopy(inner), copy.deepcopy(inner)
+    Cached(used).generate(ids, attention_mask=mask, max_new_tokens=4)
+    assert all(torch.equal(a, b) for a, b in zip(step(fresh), step(used), strict=True))
+
+
+def test_no_transformers_is_needed() -> None:
+    code = """
+import sys, torch, unspool
+from torch import nn
+class Tiny(nn.Module, unspool.GenerationMixin):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 11)
+    def forward(self, input_ids, attention_mask=None):
+        return self.table(input_ids)
+torch.manual_seed(0)
+model = Tiny()
+out = model.generate(torch.tensor([[1, 2]]), max_new_tokens=4)
+step = 2
+for token in out[0, 2:].tolist():
+    step = int(model.table.weight[step].argmax())
+    assert token == step
+assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, num_beams=2).shape == (1, 6)
+assert not {"transformers", "peft"} & {name.split(".")[0] for name in sys.modules}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Deaf(Shell):
+    def forward(self, sound: Tensor) -> Tensor:
+        return sound
+
+
+class Mute(Shell):
+    def forward(self, input_ids: Tensor) -> Any:
+        return {"hidden": input_ids}
+
+
+class Broken(Shell):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(input_ids).logits * float("nan")
+
+
+def test_mistakes_are_named(inner: Any) -> None:
+    ids, _ = prompts()
+    with pytest.raises(TypeError, match=r"Deaf.forward takes no input_ids"):
+        Deaf(inner).generate(ids)
+    with pytest.raises(TypeError, match="generation needs logits"):
+        Mute(inner).generate(ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="did you mean attention_mask"):
+        Cached(inner).generate(ids, atention_mask=ids)
+    with pytest.raises(ValueError, match=r"integers \[rows, columns\]"):
+        Cached(inner).generate(ids.float())
+    with pytest.raises(unspool.NonFiniteLogits, match="the logits of Broken are not finite"):
+        Broken(inner).generate(ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="bos_token_id"):
+        Plain(inner).generate()
+
+    class Nothing(GenerationMixin):
+        pass
+
+    with pytest.raises(TypeError, match=r"torch.nn.Module"):
+        Nothing().generate(ids)
