@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -238,3 +239,25 @@ def test_a_packed_model_is_the_same_model() -> None:
     model(ids, labels=ids).loss.backward()
     assert model.embedding.weight.grad is not None
     whole()
+
+
+def test_rows_written_in_any_parts_are_the_same_weight() -> None:
+    for outputs, cuts in (
+        (75, (0, 3, 17, 64, 75)),
+        (64, (0, 64)),
+        (33, (0, 32, 33)),
+        (5, (0, 4, 5)),
+        (32, (0, 16, 32)),
+    ):
+        weight = normal(outputs, outputs, 134)
+        parts = list(pairwise(cuts))
+        for order in (parts, parts[::-1]):
+            packed = PackedWeight(weight.to("meta"))
+            packed._memory.fill_(float("nan"))
+            for first, end in order:
+                packed.write(first, weight[first:end], threads=1 + first % 2)
+            assert torch.equal(packed._memory.view(torch.int16), PackedWeight(weight)._memory.view(torch.int16))
+    with pytest.raises(ValueError, match=r"rows 4 to 6 of shape \[2, 134\] are not of a weight \[5, 134\]"):
+        PackedWeight(normal(0, 5, 134).to("meta")).write(4, normal(0, 2, 134))
+    with pytest.raises(ValueError, match="`rows` must be bfloat16"):
+        PackedWeight(normal(0, 5, 134).to("meta")).write(0, normal(0, 2, 134).float())

@@ -319,4 +319,4 @@ def test_loading_needs_little_more_memory_than_the_weights(dtype: str, llama: Pa
     command = [sys.executable, "-c", PEAK, str(llama), str(tmp_path / "big"), dtype]
     taken, weights = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert weights > 190e6
-    assert taken <= 1.2 * weights
+    assert taken <= (1.08 if dtype == "bfloat16" else 1.2) * weights

@@ -27,6 +27,7 @@ constexpr i64 kLanes = 16;               // outputs of a block
 constexpr i64 kLine = 2 * kLanes;        // weights of a line: two inputs of every output of a block
 constexpr i64 kPanel = 2;                // blocks of a panel; a weight has a whole number of panels
 constexpr i64 kSerial = 1 << 16;         // up to so many products, starting threads costs more than it saves
+constexpr i64 kPackedAtOnce = 64;        // lines that are packed at a time
 
 i64 blocks_of(i64 outputs) { return (outputs + kPanel * kLanes - 1) / (kPanel * kLanes) * kPanel; }
 
@@ -269,6 +270,14 @@ i64 parts_of_rows(i64 rows, i64 blocks, i64 threads) {
     return parts;
 }
 
+// Four pairs of inputs of four outputs, from rows `stride` apart to lines.
+void transpose(const bf16* from, i64 stride, bf16* to) {
+    __m128 pack[4];
+    for (int i = 0; i < 4; i++) pack[i] = _mm_loadu_ps(reinterpret_cast<const float*>(from + i * stride));
+    _MM_TRANSPOSE4_PS(pack[0], pack[1], pack[2], pack[3]);
+    for (int i = 0; i < 4; i++) _mm_storeu_ps(reinterpret_cast<float*>(to + i * kLine), pack[i]);
+}
+
 bool has_amx_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
@@ -297,17 +306,36 @@ int unspool_linear_bf16_usable() {
 // Numbers that a packed weight takes.
 i64 unspool_linear_bf16_size(i64 outputs, i64 inputs) { return blocks_of(outputs) * kLanes * inputs; }
 
-// Packs the plain weight [outputs, inputs], `inputs` even, into `lines`.
-void unspool_linear_bf16_pack(const bf16* plain, bf16* lines, i64 outputs, i64 inputs, int threads) {
-    const i64 pairs = inputs / 2, blocks = blocks_of(outputs);
+// Packs rows `first` to `first + count` of the plain weight [outputs, inputs], `inputs` even, into `lines`; who packs the
+// last row also writes the zeros after it. `rows` begins with the first of them.
+void unspool_linear_bf16_pack(const bf16* rows, bf16* lines, i64 first, i64 count, i64 outputs, i64 inputs,
+                              int threads) {
+    const i64 pairs = inputs / 2, end = first + count;
+    const i64 last = end == outputs ? blocks_of(outputs) : (end + kLanes - 1) / kLanes;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 block = 0; block < blocks; block++)
-        for (i64 pair = 0; pair < pairs; pair++) {
+    for (i64 block = first / kLanes; block < last; block++) {
+        const i64 from = std::max(first, block * kLanes), to = std::min(end, (block + 1) * kLanes);
+        // A few lines at a time, which stay in the cache while each of the rows adds its pairs.
+        for (i64 pair = 0; pair < pairs; pair += kPackedAtOnce) {
+            const i64 there = std::min(kPackedAtOnce, pairs - pair);
             bf16* line = lines + (block * pairs + pair) * kLine;
-            const i64 there = std::clamp<i64>(outputs - block * kLanes, 0, kLanes);
-            for (i64 i = 0; i < there; i++) copy_pair(line + 2 * i, plain + (block * kLanes + i) * inputs + 2 * pair);
-            std::fill(line + 2 * there, line + kLine, bf16{0});
+            if (end == outputs && to < (block + 1) * kLanes) {
+                const i64 filled = 2 * (std::max(to, block * kLanes) - block * kLanes);
+                for (i64 i = 0; i < there; i++) std::fill(line + i * kLine + filled, line + (i + 1) * kLine, bf16{0});
+            }
+            for (i64 row = from, together; row < to; row += together) {
+                together = row % 4 == 0 && to - row >= 4 ? 4 : 1;
+                const bf16* source = rows + (row - first) * inputs + 2 * pair;
+                bf16* target = line + 2 * (row % kLanes);
+                i64 i = 0;
+#if defined(__x86_64__)
+                for (; together == 4 && i + 4 <= there; i += 4) transpose(source + 2 * i, inputs, target + i * kLine);
+#endif
+                for (; i < there; i++)
+                    for (i64 r = 0; r < together; r++) copy_pair(target + i * kLine + 2 * r, source + r * inputs + 2 * i);
+            }
         }
+    }
 }
 
 // And back: the plain weight [outputs, inputs].

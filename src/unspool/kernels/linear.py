@@ -47,7 +47,7 @@ def _functions() -> _Functions | None:
         return None
     return _Functions(
         size=native.function("unspool_linear_bf16_size", ctypes.c_int64, _WORD, _WORD),
-        pack=native.function("unspool_linear_bf16_pack", None, *[_WORD] * 4, _THREADS),
+        pack=native.function("unspool_linear_bf16_pack", None, *[_WORD] * 6, _THREADS),
         unpack=native.function("unspool_linear_bf16_unpack", None, *[_WORD] * 2, _THREADS),
         rows=native.function("unspool_linear_bf16_rows", ctypes.c_int64, *[_WORD] * 4, _THREADS),
         multiply=native.function("unspool_linear_bf16", None, *[_WORD] * 6, _THREADS),
@@ -55,9 +55,12 @@ def _functions() -> _Functions | None:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether `weight` can be packed here: a bf16 matrix of an even width on a CPU that has the instructions."""
+    """Whether `weight` can be packed here: a bf16 matrix of an even width on a CPU that has the instructions.
+
+    A weight on the `meta` device stands for one that will be read, row by row.
+    """
     return (
-        weight.is_cpu
+        weight.device.type in ("cpu", "meta")
         and weight.dtype == torch.bfloat16
         and weight.dim() == 2
         and weight.shape[1] % 2 == 0
@@ -67,10 +70,10 @@ def fits(weight: Tensor) -> bool:
 
 
 class PackedWeight:
-    """A bf16 weight `[out, in]` in the kernels' layout; it does not change.
+    """A bf16 weight `[out, in]` in the kernels' layout; once filled, it does not change.
 
     Args:
-        weight: the plain weight, which `fits`.
+        weight: the plain weight, which `fits`. Where it is on the `meta` device, `write` brings the rows.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -79,13 +82,36 @@ class PackedWeight:
             raise ValueError(f"a {weight.dtype} weight of shape {list(weight.shape)} cannot be packed here")
         self.outputs, self.inputs = weight.shape
         self._multiply, self._rows, self._unpack = functions.multiply, functions.rows, functions.unpack
-        self._memory = torch.empty(functions.size(self.outputs, self.inputs), dtype=torch.bfloat16, device="cpu")
+        self._pack = functions.pack
+        size = functions.size(self.outputs, self.inputs)
+        with torch.inference_mode(False):
+            self._memory = torch.empty(size, dtype=torch.bfloat16, device="cpu")
         self._struct = _Struct(self._memory.data_ptr(), self.outputs, self.inputs)
         self._handle = ctypes.addressof(self._struct)
         self._plain: weakref.ref[Tensor] | None = None
-        source = weight.detach().contiguous()
-        threads = torch.get_num_threads()
-        functions.pack(source.data_ptr(), self._memory.data_ptr(), self.outputs, self.inputs, threads)
+        if not weight.is_meta:
+            self.write(0, weight)
+
+    def write(self, first: int, rows: Tensor, threads: int | None = None) -> None:
+        """Set rows `[n, in]` of the weight from `first` on. Nothing is right until all rows are written.
+
+        Several threads may write at once, each its own rows.
+
+        Raises:
+            ValueError: shape, dtype or device do not fit the weight.
+        """
+        count = rows.shape[0]
+        if rows.shape != (count, self.inputs) or not 0 <= first <= self.outputs - count:
+            raise ValueError(
+                f"rows {first} to {first + count} of shape {list(rows.shape)} are not of a weight "
+                f"[{self.outputs}, {self.inputs}]"
+            )
+        if rows.dtype != torch.bfloat16 or not rows.is_cpu:
+            raise ValueError(f"`rows` must be bfloat16 on the CPU; got {rows.dtype} on {rows.device}")
+        rows = rows.detach().contiguous()
+        threads = threads or torch.get_num_threads()
+        memory = self._memory.data_ptr()
+        self._pack(rows.data_ptr(), memory, first, count, self.outputs, self.inputs, threads)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for bf16 `x` `[rows, in]` and `bias` `[out]`; gives `[rows, out]`, without gradients.

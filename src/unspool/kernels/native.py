@@ -17,7 +17,7 @@ import torch  # noqa: F401  (brings OpenMP)
 __all__ = ["describe", "function", "level", "library"]
 
 # As `unspool_interface` in native.cpp.
-_INTERFACE = 1
+_INTERFACE = 2
 _LEVELS = ("none", "AVX-512", "AVX-512 BF16")
 
 

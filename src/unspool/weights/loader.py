@@ -7,17 +7,18 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from unspool.errors import CheckpointError
 from unspool.models.base import Model
-from unspool.models.registry import allocate, dtype_of, empty
+from unspool.models.registry import dtype_of, empty
 from unspool.types import FileName
+from unspool.weights.fill import fill
 from unspool.weights.names import Source, Target, is_ignored, targets
 from unspool.weights.safetensors import SafetensorsFile
 
@@ -57,8 +58,8 @@ def load_model(
 ) -> Model:
     """Load a model in evaluation mode. The folder is only read.
 
-    Tensors go one after another from disk into their final place, dtype and device, so memory never holds much more
-    than the weights.
+    Tensors go one after another from disk into their final place, layout, dtype and device, so memory never holds much
+    more than the weights.
 
     Args:
         folder: holds `config.json` and `model.safetensors`, or shards with `model.safetensors.index.json`.
@@ -67,7 +68,7 @@ def load_model(
         progress: show a bar on stderr; `None` shows it on a terminal when loading takes more than two seconds.
         config_overrides: replace entries of `config.json`.
         pack: on a CPU, exchange weights for layouts that multiply faster, bf16 for that of our own kernels where the
-            processor has AVX-512 BF16, else bf16 and fp32 for oneDNN's. Takes up to a second per GB.
+            processor has AVX-512 BF16, else bf16 and fp32 for oneDNN's.
 
     Raises:
         CheckpointError: the folder does not hold the model it promises; the message names the file or tensor.
@@ -87,35 +88,22 @@ def load_model(
             for target in _wanted(model)
         ]
         _report_extras(found, {name for _, places in plan for name in places}, model, folder)
-        allocate(model, device)
-        total = sum(parameter.nbytes for parameter in model.parameters())
-        with _progress(f"Loading {folder.name}", total, progress) as bar:
+        # The largest come first: what reading one holds beside the weight is then gone before memory is full.
+        plan.sort(key=lambda entry: -entry[0].parameter.nbytes)
+        model.requires_grad_(not pack)
+        if model.tied:
+            model.lm_head.weight = model.embedding.weight
+        pool = stack.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
+        with _progress(f"Loading {folder.name}", sum(target.parameter.nbytes for target, _ in plan), progress) as bar:
             for target, places in plan:
-                parameter = model.get_parameter(target.name)
-                _fill(parameter, target, places, found)
-                bar.advance(parameter.nbytes)
-            del parameter
-    if pack:
-        model.requires_grad_(False)
-        model.pack()
+                fill(model, target, places, found, device, pack, pool)
+                bar.advance(target.parameter.nbytes)
     return model
 
 
 def _wanted(model: Model) -> Iterator[Target]:
     """Parameters to be read; a tied head has none of its own."""
     return (target for target in targets(model) if not (model.tied and target.name == "lm_head.weight"))
-
-
-def _fill(parameter: Tensor, target: Target, places: list[str], found: Mapping[str, SafetensorsFile]) -> None:
-    """Read the tensors of one parameter into it, one below the other."""
-    data = parameter.data
-    if len(places) == 1:
-        found[places[0]].read_into(places[0], data, target.transposed)
-        return
-    at = 0
-    for source, name in zip(target.sources, places, strict=True):
-        found[name].read_into(name, data[at : at + source.shape[0]])
-        at += source.shape[0]
 
 
 def _locate(source: Source, target: Target, found: Mapping[str, SafetensorsFile], model: Model, folder: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _LONGEST_HEADER = 100_000_000
-_CHUNK = 16 * 2**20
+# What is read at once, where it is not read straight into place: little enough for the processor's caches.
+_CHUNK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,12 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def _row_bytes(entry: Entry) -> int:
+    return max(1, entry.bytes // entry.shape[0]) if entry.shape and entry.shape[0] else 1
+
+
 class SafetensorsFile:
-    """One open file.
+    """One open file, which several threads may read from.
 
     Args:
         path: the file.
@@ -76,7 +82,8 @@ class SafetensorsFile:
         except BaseException:
             self._file.close()
             raise
-        self._scratch: Tensor | None = None
+        self._one_at_a_time = threading.Lock()
+        self._own = threading.local()
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -89,7 +96,7 @@ class SafetensorsFile:
     def read_into(self, name: str, target: Tensor, transposed: bool = False) -> None:
         """Read tensor `name` into `target`, of the same shape (or the reversed one if `transposed`), casting as needed.
 
-        Beside the target, no more than one chunk of 16 MiB (or one row of the tensor) is held in memory.
+        Beside the target, no more than one chunk of 4 MiB (or one row of the tensor) is held in memory.
         """
         entry = self.entries[name]
         direct = target.device.type == "cpu" and target.dtype == entry.dtype and target.is_contiguous()
@@ -97,7 +104,7 @@ class SafetensorsFile:
             self._fill(entry.start, target)
             return
         at = 0
-        for rows in self._chunks(entry):
+        for rows in self.rows(name):
             place = target[:, at : at + len(rows)].t() if transposed else target[at : at + len(rows)]
             place.copy_(rows)
             at += len(rows)
@@ -107,35 +114,45 @@ class SafetensorsFile:
         one, two = self.entries[name], other.entries[other_name]
         if one.shape != two.shape:
             return False
-        return all(torch.equal(a, b) for a, b in zip(self._chunks(one), other._chunks(two, own=True), strict=True))
+        return all(torch.equal(a, b) for a, b in zip(self.rows(name), other.rows(other_name, own=True), strict=True))
 
-    def _chunks(self, entry: Entry, own: bool = False) -> Iterator[Tensor]:
-        """The tensor's rows in order, a chunk at a time, in memory that the next chunk overwrites unless `own`."""
-        row = max(1, entry.bytes // entry.shape[0]) if entry.shape and entry.shape[0] else 1
-        step = max(1, _CHUNK // row)
-        for at in range(0, entry.shape[0], step):
-            count = min(step, entry.shape[0] - at)
-            size = count * row
-            if own:
-                memory = torch.empty(size, dtype=torch.uint8)
-            else:
-                if self._scratch is None or self._scratch.numel() < size:
-                    self._scratch = torch.empty(max(size, min(_CHUNK, entry.bytes)), dtype=torch.uint8)
-                memory = self._scratch[:size]
-            self._fill(entry.start + at * row, memory)
-            yield memory.view(entry.dtype).view(count, *entry.shape[1:])
+    def rows(self, name: str, own: bool = False) -> Iterator[Tensor]:
+        """The tensor's rows in order, some at a time, in memory that the next ones overwrite unless `own`."""
+        return (self.part(name, first, count, own) for first, count in self.spans(name))
+
+    def spans(self, name: str) -> Iterator[tuple[int, int]]:
+        """Cuts the tensor's rows into parts of a few MiB: the first row of each, and how many."""
+        entry = self.entries[name]
+        step = max(1, _CHUNK // _row_bytes(entry))
+        return ((first, min(step, entry.shape[0] - first)) for first in range(0, entry.shape[0], step))
+
+    def part(self, name: str, first: int, count: int, own: bool = False) -> Tensor:
+        """Some rows of the tensor, in memory that the calling thread's next part overwrites unless `own`."""
+        entry = self.entries[name]
+        row = _row_bytes(entry)
+        size = count * row
+        if own:
+            memory = torch.empty(size, dtype=torch.uint8)
+        else:
+            scratch: Tensor | None = getattr(self._own, "scratch", None)
+            if scratch is None or scratch.numel() < size:
+                self._own.scratch = scratch = torch.empty(max(size, _CHUNK), dtype=torch.uint8)
+            memory = scratch[:size]
+        self._fill(entry.start + first * row, memory)
+        return memory.view(entry.dtype).view(count, *entry.shape[1:])
 
     def _fill(self, start: int, target: Tensor) -> None:
         """Read the bytes from `start` on into the whole of the contiguous CPU tensor `target`."""
         view = target.detach().view(-1).view(torch.uint8).numpy().data
-        self._file.seek(start)
-        done = 0
-        while done < len(view):
-            # Linux reads at most 2 GiB at once
-            count = self._file.readinto(view[done : done + 2**30])  # type: ignore[attr-defined]
-            if not count:
-                raise CheckpointError(f"{self.path} ended early: {len(view) - done} bytes are missing")
-            done += count
+        with self._one_at_a_time:
+            self._file.seek(start)
+            done = 0
+            while done < len(view):
+                # Linux reads at most 2 GiB at once
+                count = self._file.readinto(view[done : done + 2**30])  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError(f"{self.path} ended early: {len(view) - done} bytes are missing")
+                done += count
 
     def _read_header(self) -> dict[str, Entry]:
         size = os.fstat(self._file.fileno()).st_size

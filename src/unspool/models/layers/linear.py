@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unspool.kernels.linear import PackedWeight, fits
-from unspool.models.layers.packed import Packable, PackedForm, exchange
+from unspool.models.layers.packed import Packable, PackedForm, WritableForm, exchange
 
-__all__ = ["Linear", "multiply", "pack"]
+__all__ = ["Linear", "multiply", "pack", "packed_form"]
 
 # oneDNN reads a packed bf16 weight faster for four rows than for one.
 _PACKED_ROWS = 4
@@ -102,6 +102,16 @@ def pack(modules: Sequence[Packable]) -> None:
     else:
         return
     exchange(modules, packed)
+
+
+def packed_form(modules: Sequence[Packable]) -> WritableForm | None:
+    """A packed form, to be filled on the CPU, for the one weight of `modules`, which is still on the `meta` device.
+
+    `None` where there is no layout that can be filled row by row.
+    """
+    if any(isinstance(module, Linear) for module in modules) and fits(modules[0].weight):
+        return PackedWeight(modules[0].weight)
+    return None
 
 
 _onednn_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

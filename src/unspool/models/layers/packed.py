@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Packable", "PackedForm", "exchange"]
+__all__ = ["Packable", "PackedForm", "WritableForm", "exchange"]
 
 
 class PackedForm(Protocol):
@@ -25,6 +25,17 @@ class PackedForm(Protocol):
 
     def plain(self) -> Tensor:
         """The weight in the usual layout, bit for bit."""
+        ...
+
+
+class WritableForm(PackedForm, Protocol):
+    """A packed weight that is filled while it is read."""
+
+    def write(self, first: int, rows: Tensor, threads: int | None = None) -> None:
+        """Set rows `[n, in]` of the weight from `first` on. Nothing is right until all rows are written.
+
+        Several threads may write at once, each its own rows; `threads` are what each call uses, by default all.
+        """
         ...
 
 
