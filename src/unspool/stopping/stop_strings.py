@@ -19,6 +19,9 @@ _CONTEXT = 8
 """Tokens before the longest possible match. Text at the start of a window is unreliable: a character may be cut in
 two, and some decoders drop a leading space."""
 
+_LONGEST_CHARACTER = 4
+"""Bytes of a character, at most."""
+
 
 class Decoder(Protocol):
     """What is asked of a tokenizer."""
@@ -34,7 +37,8 @@ class StopStringCriteria(StoppingCriteria):
     """End a row when its newest token completes one of some strings.
 
     The string may begin anywhere, in the prompt too, and the token may run past its end; text that was complete before
-    the newest token does not count. Special tokens count as the text they are written as.
+    the newest token does not count. Special tokens count as the text they are written as, and bytes that are no text,
+    or not yet, as the U+FFFD that a tokenizer shows for them.
 
     Args:
         tokenizer: turns ids into text (`batch_decode`).
@@ -71,7 +75,8 @@ class StopStringCriteria(StoppingCriteria):
         if rows:
             texts = self._decode([older[i] for i in rows] + [windows[i] for i in rows])
             for i, before, after in zip(rows, texts, texts[len(rows) :], strict=False):
-                found[i] = self._first_completed(before, after)
+                known = [before, *self._before_a_part(older[i], before)]
+                found[i] = self._first_completed(max(_common_prefix(text, after) for text in known), after)
         self._report(found, older, [window[-self._reach :] for window in windows])
         return torch.tensor([hit is not None for hit in found], device=input_ids.device)
 
@@ -91,9 +96,17 @@ class StopStringCriteria(StoppingCriteria):
                 _ends_within(stop, text) for stop in self.stop_strings for text in (added, added.lstrip(" "))
             )
 
-    def _first_completed(self, before: str, after: str) -> str | None:
-        """The stop string that ends first in what `after` adds to `before`."""
-        fixed = _common_prefix(before, after)
+    def _before_a_part(self, ids: list[int], text: str) -> list[str]:
+        """Texts of `ids` without the last few, where its `text` ends in a part of a character.
+
+        Some decoders show all the bytes before such a part as unknown too, as long as the character is not whole.
+        """
+        if not text.endswith("\ufffd"):
+            return []
+        return self._decode([ids[:-less] for less in range(1, min(_LONGEST_CHARACTER, len(ids)))])
+
+    def _first_completed(self, fixed: int, after: str) -> str | None:
+        """The stop string that ends first in `after`, past its `fixed` first characters, which were there before."""
         ends = []
         for order, stop in enumerate(self.stop_strings):
             at = after.find(stop, max(0, fixed - len(stop) + 1))

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unspool.logits.base import LogitsProcessor, check_count
 
@@ -120,10 +121,8 @@ class WatermarkLogitsProcessor(LogitsProcessor):
             return self._raise_candidates(input_ids, scores)
         seeds = self.seeds(input_ids[:, -1:])
         green = torch.stack([self._green(seed) for seed in seeds])
-        processed = scores.clone()
-        part = processed[:, : self.vocab_size]
-        part.copy_(torch.where(green, part + self.bias, part))
-        return processed
+        beyond = scores.shape[-1] - self.vocab_size
+        return torch.add(scores, F.pad(green, (0, beyond)) if beyond else green, alpha=self.bias)
 
     def _raise_candidates(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Raise those of each row's best tokens that are green in a list of their own making."""

@@ -9,7 +9,7 @@ Source: Dathathri et al., https://doi.org/10.1038/s41586-024-08025-4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class SynthIDTextWatermarkLogitsProcessor(LogitsProcessor):
         known = F.pad(input_ids[:, begin:], (n - 1, 0))  # the first contexts are filled up with zeros
         contexts = _hash(known[:, oldest:].unfold(1, n - 1, 1))
         now = contexts[:, -1:]
-        marked = self.update_scores(scores, self._g_values_of_next(now, scores))
+        marked = _play(scores, self._layers_of_next(now, scores))
         repeated = (contexts[:, :-1] == now).any(dim=1, keepdim=True)
         return torch.where(repeated, scores, marked)
 
@@ -97,11 +97,7 @@ class SynthIDTextWatermarkLogitsProcessor(LogitsProcessor):
             scores: what the distribution is the softmax of.
             g_values: 0 or 1, `[rows, vocab, layers]`.
         """
-        probs = scores.softmax(dim=1)
-        for ones in g_values.unbind(dim=2):
-            probs = probs * (1 + ones - (ones * probs).sum(dim=1, keepdim=True))
-        logs = probs.log()
-        return torch.where(logs.isfinite(), logs, torch.finfo(logs.dtype).min)
+        return _play(scores, g_values.to(scores.dtype).unbind(dim=2))
 
     def compute_ngram_keys(self, ngrams: Tensor) -> Tensor:
         """Hashes `[rows, n-grams, layers]` of `ngrams` `[rows, n-grams, ngram_len]`.
@@ -149,17 +145,28 @@ class SynthIDTextWatermarkLogitsProcessor(LogitsProcessor):
         self._last = width
         return self._first
 
-    def _g_values_of_next(self, contexts: Tensor, scores: Tensor) -> Tensor:
-        """The bits `[rows, vocab, layers]` of every token after contexts with the hashes `[rows, 1]`."""
+    def _layers_of_next(self, contexts: Tensor, scores: Tensor) -> Iterator[Tensor]:
+        """Layer by layer, the bits `[rows, vocab]` of every token after contexts with the hashes `[rows, 1]`."""
         tokens = torch.arange(scores.shape[1], device=contexts.device)
         base = ((contexts + tokens) * _MULTIPLIER + _INCREMENT) * _MULTIPLIER
         bits = self._bits.to(scores.dtype)
-        size = len(bits)
-        layers = []
+        last = len(bits) - 1
+        binary = len(bits) & last == 0
+        if binary:  # the low bits decide: half the memory, and no division
+            base = (base & last).int()
         for offset in self._offsets:
-            key = base + offset
-            layers.append(bits[key & (size - 1) if size & (size - 1) == 0 else key % size])
-        return torch.stack(layers).permute(1, 2, 0)
+            place = (base + (offset & last)).bitwise_and_(last) if binary else (base + offset) % len(bits)
+            yield bits.index_select(0, place.view(-1)).view_as(scores)
+
+
+def _play(scores: Tensor, layers: Iterable[Tensor]) -> Tensor:
+    """The tournament: log probabilities of `scores` `[rows, vocab]` after each of `layers` of bits, as floats."""
+    probs = scores.softmax(dim=1)
+    for ones in layers:
+        mass = (ones * probs).sum(dim=1, keepdim=True)
+        probs.mul_((ones + 1).sub_(mass))
+    logs = probs.log_()
+    return torch.where(logs.isfinite(), logs, torch.finfo(logs.dtype).min)
 
 
 def _hash(ngrams: Tensor) -> Tensor:
