@@ -1,17 +1,15 @@
-// Attention over paged pools of keys and values, bf16 or fp32, for rows with one query each, computed in fp32.
+// Attention over paged pools of keys and values, bf16 or fp32, for rows with one query or with many, summed in fp32.
 //
-// First every row's new key and value is written to its slot. Then a row's past is cut into chunks of 256 tokens by
-// position, a chunk is answered for each head by itself, and a row's chunks are put together in their order. Nothing of
-// this depends on the other rows or on the number of threads, so a row's results are the same bits alone and in company.
-// A chunk's keys, then its values, are read once, in their order, for all heads.
+// First every row's new keys and values are written to their slots. Then a row's past is cut into chunks of 256 tokens
+// by position, a chunk is answered for each query and head by itself, and a query's chunks are put together in their
+// order. Nothing of this depends on the other rows, on how many of a row's queries come at once, or on the number of
+// threads, so a token's results are the same bits alone and in company, from a whole prompt and from chunks of it.
 
-#include "simd.h"
+#include "attention_tile.h"
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <new>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -20,18 +18,19 @@
 namespace unspool {
 namespace {
 
-constexpr i64 kChunk = 256;        // tokens
-constexpr int kMostHeads = 4;      // query heads worked on at once
-constexpr int kMostParts = 4;      // sixteens of a value vector worked on at once
-constexpr i64 kMostSpan = 32;      // query heads of one thread's work
-constexpr i64 kAhead = 1;          // groups of sixteen tokens to fetch ahead of use
-constexpr i64 kSerial = 64 << 10;  // up to so many bytes read, starting threads costs more than it saves
+constexpr i64 kSlice = 64;             // tokens that are packed together for many rows; for few it is one group
+constexpr i64 kAhead = 32;             // tokens to fetch ahead of use
+constexpr i64 kFewQueries = 16;        // of a row: its chunks may be answered by different threads
+constexpr i64 kManyRows = 8 * kTall;   // about so many rows share packed keys and values
+constexpr i64 kMostSpan = 32;          // rows of one thread's work, where they have different key/value heads
+constexpr i64 kSerial = 16 << 10;      // up to so many products of a query and a key's numbers, threads do not pay
 
-// One row, as Python lays it out.
+// One row of the step, as Python lays it out.
 struct Row {
-    i64 length;  // its tokens with the new one
-    i64 run;     // slot of its first token where its blocks are consecutive, else -1
-    i64 table;   // else the place of its block numbers in `Step::tables`
+    i64 length;  // its tokens with the new ones
+    i64 feed;    // new ones
+    i64 first;   // place of the first of them among the step's tokens
+    i64 table;   // place of its block numbers in `Step::tables`
 };
 
 struct Step {
@@ -40,378 +39,379 @@ struct Step {
     i64 count, block, window;
     i64 heads, kv_heads, dim;
     const void *q, *k, *v;
-    i64 q_stride, k_stride, v_stride;  // from row to row
+    i64 q_stride, k_stride, v_stride;  // from token to token
     void *keys, *values, *out;
-    float scale, softcap;  // softcap 0: none
+    Scale scale;
 
     i64 fold() const { return heads / kv_heads; }
     i64 stride() const { return kv_heads * dim; }
     i64 slot(const Row& row, i64 position) const {
-        if (row.run >= 0) return row.run + position;
         return tables[row.table + position / block] * block + position % block;
     }
-    // The oldest position that a row's new token sees.
-    i64 oldest(const Row& row) const { return window ? std::max<i64>(0, row.length - window) : 0; }
+    // The oldest position that the token at a position sees.
+    i64 oldest(i64 position) const { return window ? std::max<i64>(0, position + 1 - window) : 0; }
 };
 
-// Tokens [from, to) of a row. They are worked on in groups of sixteen by position, each within one block.
-struct Chunk {
+// Queries [first, first + count) of a row and the tokens [from, to), some of which each of them sees. It is all that
+// they see, or part of one chunk; then the results are parts.
+struct Task {
     const Row* row;
-    i64 from, to;
-    float* parts;  // [heads][padded dim + 2]: mixed values, greatest score, sum of weights; null where it is the only one
-
-    i64 begin() const { return from / kLanes * kLanes; }
-    i64 groups() const { return (to - begin() + kLanes - 1) / kLanes; }
-    i64 position(i64 group) const { return begin() + group * kLanes; }
-    // Which tokens of a group are the chunk's: those of [first, last).
-    i64 first(i64 group) const { return std::max<i64>(from - position(group), 0); }
-    i64 last(i64 group) const { return std::min<i64>(to - position(group), kLanes); }
-};
-
-struct Sum {
-    float greatest, sum;  // score of a head's tokens; their weights relative to it
-};
-
-// Query heads [first, first + count) of a chunk, whole groups that share a key/value head, and a thread's memory for
-// them.
-struct Span {
     i64 first, count;
-    float* queries;  // [count][padded dim]
-    float* weights;  // [count][kChunk], first the scores of the tokens
-    float* mixed;    // [count][padded dim], sums of values by weight
-    Sum* sums;       // [count]
+    i64 from, to;
+    float* parts;  // [count][heads][padded dim + 2]: mixed values, greatest score, sum of weights; null where it is all
+
+    i64 position(i64 query) const { return row->length - row->feed + first + query; }
+    i64 slice() const { return row->feed <= kFewQueries ? kLanes : kSlice; }
 };
 
-// A head vector is worked on as fp32 numbers in parts of lines (see simd.h), zeros at its end.
-template <class T> constexpr i64 line() { return T::kParts * kLanes; }
-template <class T> constexpr i64 lines(i64 dim) { return (dim + line<T>() - 1) / line<T>(); }
-template <class T> constexpr i64 padded(i64 dim) { return lines<T>(dim) * line<T>(); }
-template <class T> constexpr __mmask16 words(i64 dim, i64 number) {
-    return static_cast<__mmask16>((1u << std::min<i64>((dim - number * line<T>()) / T::kParts, kLanes)) - 1);
-}
+// A task for the query heads of some key/value heads.
+struct Item {
+    i64 task, first, count;
+};
 
-// Calls `name<T, heads>(...)`, with at most kMostHeads heads.
-#define UNSPOOL_BY_HEADS(heads, name, ...)                        \
-    switch (heads) {                                              \
-        case 1: name<T, 1>(__VA_ARGS__); break;                   \
-        case 2: name<T, 2>(__VA_ARGS__); break;                   \
-        case 3: name<T, 3>(__VA_ARGS__); break;                   \
-        default: name<T, kMostHeads>(__VA_ARGS__);                \
+// Groups of sixteen tokens, by position.
+struct Groups {
+    i64 from, to;
+};
+
+// A thread's memory: per row queries, weights, the sums of a chunk and of all chunks so far; packed keys or values.
+struct Scratch {
+    float *queries, *weights, *mixed, *whole, *packed;
+    Sum *sums, *total;
+
+    template <class F>
+    static i64 size(const Step& step, i64 rows) {
+        const i64 numbers = 2 * kPitch + 2 * padded<F>(step.dim);
+        return rows * numbers + kSlice * padded<F>(step.dim) + (4 * rows + kLanes - 1) / kLanes * kLanes;
     }
-
-// ---- Scores -----------------------------------------------------------------------------------------------------
-
-// Sums of the lanes of each of four vectors, in fours: every 128 bits of the result hold a part of all four sums.
-UNSPOOL_AVX512 inline __m512 fold_four(const __m512 (&x)[4]) {
-    const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-}
-
-// And of four such results: sixteen sums.
-UNSPOOL_AVX512 inline __m512 fold_sixteen(const __m512 (&x)[4]) {
-    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
-    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x88), _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
-}
-
-// cap * tanh(x / cap): by the exponential and, near 0, where that loses digits, by the Taylor series.
-UNSPOOL_AVX512 inline __m512 capped(__m512 x, float cap) {
-    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.0f / cap)), one = _mm512_set1_ps(1.0f);
-    const __m512 grown = _mm512_add_ps(exponential(_mm512_add_ps(y, y)), one);
-    const __m512 far = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), grown));
-    const __m512 square = _mm512_mul_ps(y, y);
-    __m512 near = _mm512_set1_ps(62.0f / 2835);
-    near = _mm512_fmadd_ps(near, square, _mm512_set1_ps(-17.0f / 315));
-    near = _mm512_fmadd_ps(near, square, _mm512_set1_ps(2.0f / 15));
-    near = _mm512_fmadd_ps(near, square, _mm512_set1_ps(-1.0f / 3));
-    near = _mm512_mul_ps(_mm512_fmadd_ps(near, square, one), y);
-    const __mmask16 small = _mm512_cmp_ps_mask(square, _mm512_set1_ps(0.0625f), _CMP_LT_OQ);
-    return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_mask_mov_ps(far, small, near));
-}
-
-// A query times the scale, in parts of lines.
-template <class T>
-UNSPOOL_AVX512 void split_query(const Step& step, const typename T::Number* from, float* to) {
-    for (i64 i = 0; i < lines<T>(step.dim); i++) {
-        __m512 parts[T::kParts];
-        T::load_line(from + i * line<T>(), words<T>(step.dim, i), parts);
-        for (int part = 0; part < T::kParts; part++, to += kLanes)
-            _mm512_store_ps(to, _mm512_mul_ps(parts[part], _mm512_set1_ps(step.scale)));
+    template <class F>
+    static Scratch at(float* memory, const Step& step, i64 rows) {
+        Scratch s{};
+        const auto take = [&memory](i64 size) { return std::exchange(memory, memory + size); };
+        s.queries = take(rows * kPitch);
+        s.weights = take(rows * kPitch);
+        s.mixed = take(rows * padded<F>(step.dim));
+        s.whole = take(rows * padded<F>(step.dim));
+        s.packed = take(kSlice * padded<F>(step.dim));
+        s.sums = reinterpret_cast<Sum*>(take(2 * rows));
+        s.total = reinterpret_cast<Sum*>(take(2 * rows));
+        return s;
     }
+};
+
+// ---- One task -----------------------------------------------------------------------------------------------------
+
+// The rows of a key/value head, row i its query i / fold and head i % fold, in tiles as even as can be.
+struct Tiles {
+    i64 rows, count;
+    explicit Tiles(i64 rows) : rows(rows), count((rows + kTall - 1) / kTall) {}
+    i64 begin(i64 tile) const { return rows * tile / count; }
+    i64 height(i64 tile) const { return begin(tile + 1) - begin(tile); }
+};
+
+// A stretch of tokens in one chunk.
+struct Span {
+    i64 from, to;
+    i64 chunk() const { return from / kChunk * kChunk; }
+    Groups groups() const { return {from / kLanes, (to + kLanes - 1) / kLanes}; }
+    Span within(i64 low, i64 high) const { return {std::max(from, low), std::min(to, high)}; }
+    bool empty() const { return from >= to; }
+};
+
+// What a query, and what any of a tile, sees of a span.
+Span seen(const Step& step, const Task& task, i64 query, Span span) {
+    const i64 position = task.position(query);
+    return span.within(step.oldest(position), position + 1);
 }
 
-// Scores of one group for some heads of a span that share its `keys`; -infinity for tokens that are not the chunk's.
-template <class T, int Heads>
-UNSPOOL_AVX512 void score(const Step& step, const Span& span, i64 head, const typename T::Number* keys, i64 group,
-                          __mmask16 there, const typename T::Number* ahead) {
-    const i64 count = lines<T>(step.dim);
-    const float* q = span.queries + head * padded<T>(step.dim);
-    __m512 folded[Heads][4];
-#pragma GCC unroll 4
-    for (int four = 0; four < 4; four++) {
-        __m512 sums[Heads][4] = {};
-        for (i64 i = 0; i < count; i++) {
-            __m512 key[4][T::kParts];
-#pragma GCC unroll 4
-            for (int token = 0; token < 4; token++)
-                T::load_line(keys + (4 * four + token) * step.stride() + i * line<T>(), words<T>(step.dim, i), key[token]);
-#pragma GCC unroll 4
-            for (int token = 0; token < 4; token++)
-                __builtin_prefetch(ahead + (4 * four + token) * step.stride() + i * line<T>());
-#pragma GCC unroll 4
-            for (int h = 0; h < Heads; h++)
-#pragma GCC unroll 2
-                for (int part = 0; part < T::kParts; part++) {
-                    const __m512 query = _mm512_load_ps(q + (h * count + i) * line<T>() + part * kLanes);
-#pragma GCC unroll 4
-                    for (int token = 0; token < 4; token++)
-                        sums[h][token] = _mm512_fmadd_ps(query, key[token][part], sums[h][token]);
-                }
-        }
-#pragma GCC unroll 4
-        for (int h = 0; h < Heads; h++) folded[h][four] = fold_four(sums[h]);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < Heads; h++) {
-        __m512 x = fold_sixteen(folded[h]);
-        if (step.softcap > 0) x = capped(x, step.softcap);
+Span seen(const Step& step, const Task& task, const Tiles& tiles, i64 tile, Span span) {
+    const i64 first = tiles.begin(tile) / step.fold(), last = (tiles.begin(tile + 1) - 1) / step.fold();
+    return span.within(step.oldest(task.position(first)), task.position(last) + 1);
+}
+
+// Makes the scores of what lies outside `seen` -infinity, in the groups of a row.
+UNSPOOL_AVX512 void hide(float* row, Groups groups, Span seen) {
+    for (i64 group = groups.from; group < groups.to; group++) {
+        const i64 low = std::max<i64>(seen.from - group * kLanes, 0);
+        const i64 high = std::min<i64>(seen.to - group * kLanes, kLanes);
+        if (low == 0 && high == kLanes) continue;
+        const auto there = static_cast<__mmask16>(low < high ? (1u << high) - (1u << low) : 0);
+        float* scores = row + (group * kLanes - seen.chunk());
         const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        _mm512_store_ps(span.weights + (head + h) * kChunk + group * kLanes, _mm512_mask_mov_ps(nothing, there, x));
+        _mm512_store_ps(scores, _mm512_mask_mov_ps(nothing, there, _mm512_load_ps(scores)));
     }
 }
 
-// ---- Values by weight -------------------------------------------------------------------------------------------
-
-// From the scores of some groups to weights relative to the greatest score.
-UNSPOOL_AVX512 Sum weigh(float* weights, i64 groups) {
-    __m512 most = _mm512_load_ps(weights);
-    for (i64 i = 1; i < groups; i++) most = _mm512_max_ps(most, _mm512_load_ps(weights + i * kLanes));
-    const float greatest = _mm512_reduce_max_ps(most);
-    __m512 sum = _mm512_setzero_ps();
-    for (i64 i = 0; i < groups; i++, weights += kLanes) {
-        const __m512 weight = exponential(_mm512_sub_ps(_mm512_load_ps(weights), _mm512_set1_ps(greatest)));
-        _mm512_store_ps(weights, weight);
-        sum = _mm512_add_ps(sum, weight);
-    }
-    return {greatest, _mm512_reduce_add_ps(sum)};
+// What to fetch while the group at a position is packed: from further on of the same or, past its end, of what is next.
+template <class Number>
+const Number* fetched(const Step& step, const Task& task, i64 position, Span span, const Number* pool, const Number* next) {
+    const i64 ahead = position + kAhead, past = ahead - span.groups().to * kLanes;
+    if (past < 0) return pool + step.slot(*task.row, ahead) * step.stride();
+    return next + step.slot(*task.row, std::min(span.from / kLanes * kLanes + past, position)) * step.stride();
 }
 
-// Adds `count` tokens' values by weight to the sums of some heads that share them, for some lines of the head vectors.
-template <class T, int Heads, int Lines>
-UNSPOOL_AVX512 inline void mix_lines(const Step& step, const typename T::Number* values, const float* weights, i64 count,
-                                     i64 first, float* mixed, const typename T::Number* ahead) {
-    constexpr int kParts = Lines * T::kParts;
-    const i64 size = padded<T>(step.dim);
-    mixed += first * line<T>();
-    values += first * line<T>();
-    ahead += first * line<T>();
-    __m512 sums[Heads][kParts];
-#pragma GCC unroll 4
-    for (int h = 0; h < Heads; h++)
-#pragma GCC unroll 4
-        for (int i = 0; i < kParts; i++) sums[h][i] = _mm512_load_ps(mixed + h * size + i * kLanes);
-    for (i64 token = 0; token < count; token++, values += step.stride(), ahead += step.stride()) {
-#pragma GCC unroll 4
-        for (int i = 0; i < Lines; i++) __builtin_prefetch(ahead + i * line<T>());
-        __m512 value[Lines][T::kParts];
-#pragma GCC unroll 4
-        for (int i = 0; i < Lines; i++) T::load_line(values + i * line<T>(), words<T>(step.dim, first + i), value[i]);
-#pragma GCC unroll 4
-        for (int h = 0; h < Heads; h++) {
-            const __m512 weight = _mm512_set1_ps(weights[h * kChunk + token]);
-#pragma GCC unroll 4
-            for (int i = 0; i < kParts; i++)
-                sums[h][i] = _mm512_fmadd_ps(weight, value[i / T::kParts][i % T::kParts], sums[h][i]);
+// Calls `work(slice, head)` for the slices of a span and, in each, the item's key/value heads.
+template <class Work>
+void each_slice(const Task& task, const Item& item, Span span, const Work& work) {
+    for (i64 at = span.from / task.slice() * task.slice(); at < span.to; at += task.slice())
+        for (i64 head = 0; head < item.count; head++) work(span.within(at, at + task.slice()), head);
+}
+
+template <class F>
+void score_chunk(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
+    using Number = typename F::Number;
+    const Tiles tiles(task.count * step.fold());
+    const i64 size = key_words<F>(step.dim) * kLanes;
+    each_slice(task, item, span, [&](Span slice, i64 head) {
+        const auto* keys = static_cast<const Number*>(step.keys) + (item.first + head) * step.dim;
+        const auto* values = static_cast<const Number*>(step.values) + (item.first + head) * step.dim;
+        const Groups groups = slice.groups();
+        for (i64 group = groups.from; group < groups.to; group++)
+            pack_keys<F>(keys + step.slot(*task.row, group * kLanes) * step.stride(), step.stride(), step.dim,
+                         fetched(step, task, group * kLanes, span, keys, values),
+                         s.packed + (group - groups.from) * size);
+        for (i64 tile = 0; tile < tiles.count; tile++) {
+            const Span part = seen(step, task, tiles, tile, slice);
+            if (part.empty()) continue;
+            const i64 row = head * tiles.rows + tiles.begin(tile);
+            const Groups some = part.groups();
+            score_tile<F>(tiles.height(tile), s.queries + row * kPitch, s.packed + (some.from - groups.from) * size,
+                          some.to - some.from, step.dim, step.scale,
+                          s.weights + row * kPitch + some.from * kLanes - span.chunk());
+        }
+    });
+}
+
+template <class F>
+void weigh_chunk(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
+    const Tiles tiles(task.count * step.fold());
+    for (i64 tile = 0; tile < item.count * tiles.count; tile++) {
+        const Groups groups = seen(step, task, tiles, tile % tiles.count, span).groups();
+        const i64 chunk = span.chunk() / kLanes;
+        for (i64 i = tiles.begin(tile % tiles.count); i < tiles.begin(tile % tiles.count + 1); i++) {
+            const Span part = seen(step, task, i / step.fold(), span);
+            if (part.empty()) continue;
+            const i64 row = tile / tiles.count * tiles.rows + i;
+            hide(s.weights + row * kPitch, groups, part);
+            s.sums[row] = weigh<F>(s.weights + row * kPitch, groups.from - chunk, groups.to - chunk);
         }
     }
-#pragma GCC unroll 4
-    for (int h = 0; h < Heads; h++)
-#pragma GCC unroll 4
-        for (int i = 0; i < kParts; i++) _mm512_store_ps(mixed + h * size + i * kLanes, sums[h][i]);
 }
 
-// The same for whole vectors of one group. What is not the chunk's may be anything, NaN too: it is not touched.
-template <class T, int Heads>
-UNSPOOL_AVX512 void mix(const Step& step, const Chunk& chunk, const Span& span, i64 head, const typename T::Number* values,
-                        i64 group, const typename T::Number* ahead) {
-    constexpr int kLines = kMostParts / T::kParts;
-    const i64 first = chunk.first(group), count = chunk.last(group) - first;
-    const float* weights = span.weights + head * kChunk + group * kLanes + first;
-    float* mixed = span.mixed + head * padded<T>(step.dim);
-    values += first * step.stride();
-    i64 i = 0;
-    for (; i + kLines <= lines<T>(step.dim); i += kLines)
-        mix_lines<T, Heads, kLines>(step, values, weights, count, i, mixed, ahead);
-    for (; i < lines<T>(step.dim); i++) mix_lines<T, Heads, 1>(step, values, weights, count, i, mixed, ahead);
-}
-
-// The answer of a head to its row's query: its mixed values by the sum of their weights.
-template <class T>
-UNSPOOL_AVX512 void answer(const Step& step, const Row& row, i64 head, const float* mixed, float sum) {
-    auto* out = static_cast<typename T::Number*>(step.out) + ((&row - step.rows) * step.heads + head) * step.dim;
-    for (i64 i = 0; i < lines<T>(step.dim); i++) {
-        __m512 parts[T::kParts];
-        for (int part = 0; part < T::kParts; part++, mixed += kLanes)
-            parts[part] = _mm512_mul_ps(_mm512_loadu_ps(mixed), _mm512_set1_ps(1.0f / sum));
-        T::store_line(out + i * line<T>(), words<T>(step.dim, i), parts);
-    }
-}
-
-// ---- One chunk --------------------------------------------------------------------------------------------------
-
-// What to fetch while a group is worked on: the group `ahead` of the keys or, past their end, of the values.
-template <class T>
-const typename T::Number* fetched(const Step& step, const Chunk& chunk, const typename T::Number* keys,
-                                  const typename T::Number* values, i64 ahead) {
-    const i64 groups = chunk.groups();
-    ahead = std::min(ahead, 2 * groups - 1);
-    return (ahead < groups ? keys : values) + step.slot(*chunk.row, chunk.position(ahead % groups)) * step.stride();
-}
-
-template <class T>
-void answer_chunk(const Step& step, const Chunk& chunk, const Span& span) {
-    using Number = typename T::Number;
-    const i64 size = padded<T>(step.dim), fold = step.fold(), groups = chunk.groups();
-    const auto* queries = static_cast<const Number*>(step.q) + (chunk.row - step.rows) * step.q_stride + span.first * step.dim;
-    const auto* keys = static_cast<const Number*>(step.keys) + span.first / fold * step.dim;
-    const auto* values = static_cast<const Number*>(step.values) + span.first / fold * step.dim;
-
-    for (i64 head = 0; head < span.count; head++)
-        split_query<T>(step, queries + head * step.dim, span.queries + head * size);
-    for (i64 group = 0; group < groups; group++) {
-        const auto there = static_cast<__mmask16>((1u << chunk.last(group)) - (1u << chunk.first(group)));
-        const auto* ahead = fetched<T>(step, chunk, keys, values, group + kAhead);
-        const auto* key = keys + step.slot(*chunk.row, chunk.position(group)) * step.stride();
-        for (i64 head = 0, at = 0; head < span.count; head += fold, at += step.dim) {
-            for (i64 i = 0; i < fold; i += kMostHeads)
-                UNSPOOL_BY_HEADS(fold - i, score, step, span, head + i, key + at, group, there, ahead + at)
+template <class F>
+void mix_chunk(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
+    using Number = typename F::Number;
+    const Tiles tiles(task.count * step.fold());
+    const i64 width = padded<F>(step.dim), size = kLanes / F::kTokens * width;
+    std::fill(s.mixed, s.mixed + item.count * tiles.rows * width, 0.0f);
+    each_slice(task, item, span, [&](Span slice, i64 head) {
+        const auto* values = static_cast<const Number*>(step.values) + (item.first + head) * step.dim;
+        const Groups groups = slice.groups();
+        for (i64 group = groups.from; group < groups.to; group++)
+            pack_values<F>(values + step.slot(*task.row, group * kLanes) * step.stride(), step.stride(), step.dim,
+                           task.from - group * kLanes, task.to - group * kLanes,
+                           fetched(step, task, group * kLanes, span, values, values),
+                           s.packed + (group - groups.from) * size);
+        for (i64 tile = 0; tile < tiles.count; tile++) {
+            const Span part = seen(step, task, tiles, tile, slice);
+            if (part.empty()) continue;
+            const i64 row = head * tiles.rows + tiles.begin(tile);
+            const Groups some = part.groups();
+            mix_tile<F>(tiles.height(tile),
+                        s.weights + row * kPitch + (some.from * kLanes - span.chunk()) / F::kTokens,
+                        s.packed + (some.from - groups.from) * size, some.to - some.from, step.dim,
+                        s.mixed + row * width);
         }
-    }
+    });
+}
 
-    for (i64 head = 0; head < span.count; head++) span.sums[head] = weigh(span.weights + head * kChunk, groups);
-
-    std::fill(span.mixed, span.mixed + span.count * size, 0.0f);
-    for (i64 group = 0; group < groups; group++) {
-        const auto* ahead = fetched<T>(step, chunk, keys, values, groups + group + kAhead);
-        const auto* value = values + step.slot(*chunk.row, chunk.position(group)) * step.stride();
-        for (i64 head = 0, at = 0; head < span.count; head += fold, at += step.dim) {
-            for (i64 i = 0; i < fold; i += kMostHeads)
-                UNSPOOL_BY_HEADS(fold - i, mix, step, chunk, span, head + i, value + at, group, ahead + at)
-        }
-    }
-
-    for (i64 head = 0; head < span.count; head++) {
-        const float* mixed = span.mixed + head * size;
-        if (!chunk.parts) {
-            answer<T>(step, *chunk.row, span.first + head, mixed, span.sums[head].sum);
-            continue;
-        }
-        float* part = chunk.parts + (span.first + head) * (size + 2);
-        std::copy(mixed, mixed + size, part);
-        part[size] = span.sums[head].greatest;
-        part[size + 1] = span.sums[head].sum;
+// Adds a chunk's part to the whole of those before it.
+UNSPOOL_AVX512 void join(Sum& total, float* whole, Sum part, const float* mixed, i64 width) {
+    const float greatest = std::max(total.greatest, part.greatest);
+    const __m512 before = power_of_two(_mm512_set1_ps(total.greatest - greatest));
+    const __m512 now = power_of_two(_mm512_set1_ps(part.greatest - greatest));
+    total = {greatest, total.sum * _mm512_cvtss_f32(before) + part.sum * _mm512_cvtss_f32(now)};
+    for (i64 i = 0; i < width; i += kLanes) {
+        const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(whole + i), before);
+        _mm512_storeu_ps(whole + i, _mm512_fmadd_ps(_mm512_loadu_ps(mixed + i), now, old));
     }
 }
 
-// The chunks of one row, in their order, for one head. The first one's part becomes the whole.
-template <class T>
-UNSPOOL_AVX512 void combine(const Step& step, const Chunk* chunks, i64 count, i64 head) {
-    const i64 size = padded<T>(step.dim), place = head * (size + 2);
-    float* whole = chunks[0].parts + place;
-    float greatest = whole[size];
-    for (i64 i = 1; i < count; i++) greatest = std::max(greatest, chunks[i].parts[place + size]);
-    float sum = 0;
-    for (i64 i = 0; i < count; i++) {
-        const float* part = chunks[i].parts + place;
-        const float weight = std::exp(part[size] - greatest);
-        sum += weight * part[size + 1];
-        for (i64 j = 0; j < size; j += kLanes) {
-            const __m512 before = i ? _mm512_loadu_ps(whole + j) : _mm512_setzero_ps();
-            _mm512_storeu_ps(whole + j, _mm512_fmadd_ps(_mm512_set1_ps(weight), _mm512_loadu_ps(part + j), before));
-        }
+constexpr Sum kNothing{-std::numeric_limits<float>::infinity(), 0.0f};
+
+// The answer of a head to a query: its mixed values by the sum of their weights.
+template <class F>
+UNSPOOL_AVX512 void answer(const Step& step, const Row& row, i64 query, i64 head, const float* whole, float sum) {
+    auto* out = static_cast<typename F::Number*>(step.out) + ((row.first + query) * step.heads + head) * step.dim;
+    for (i64 i = 0; i < lines<F>(step.dim); i++) {
+        __m512 parts[F::kParts];
+        for (int part = 0; part < F::kParts; part++, whole += kLanes)
+            parts[part] = _mm512_mul_ps(_mm512_loadu_ps(whole), _mm512_set1_ps(1.0f / sum));
+        F::store_line(out + i * line<F>(), words<F>(step.dim, i), parts);
     }
-    answer<T>(step, *chunks->row, head, whole, sum);
 }
 
-// ---- All of a step ----------------------------------------------------------------------------------------------
-
-template <class T>
-void write(const Step& step, i64 number) {
-    using Number = typename T::Number;
-    const Row& row = step.rows[number];
-    const i64 place = step.slot(row, row.length - 1) * step.stride();
-    const auto bytes = static_cast<std::size_t>(step.stride()) * sizeof(Number);
-    std::memcpy(static_cast<Number*>(step.keys) + place, static_cast<const Number*>(step.k) + number * step.k_stride, bytes);
-    std::memcpy(static_cast<Number*>(step.values) + place, static_cast<const Number*>(step.v) + number * step.v_stride,
-                bytes);
+// Calls `work(row, query, head)` for the item's rows in a thread's memory.
+template <class Work>
+void each_row(const Step& step, const Task& task, const Item& item, const Work& work) {
+    const i64 fold = step.fold(), rows = task.count * fold;
+    for (i64 i = 0; i < item.count * rows; i++) work(i, i % rows / fold, (item.first + i / rows) * fold + i % fold);
 }
+
+template <class F>
+void run_item(const Step& step, const Task& task, const Item& item, const Scratch& s) {
+    const i64 width = padded<F>(step.dim);
+    each_row(step, task, item, [&](i64 row, i64 query, i64 head) {
+        const auto* q = static_cast<const typename F::Number*>(step.q);
+        const i64 token = task.row->first + task.first + query;
+        F::pack_query(q + token * step.q_stride + head * step.dim, step.dim, s.queries + row * kPitch);
+        s.total[row] = kNothing;
+        std::fill(s.whole + row * width, s.whole + (row + 1) * width, 0.0f);
+    });
+    for (Span span{task.from, 0}; span.from < task.to; span.from = span.to) {
+        span.to = std::min(task.to, span.chunk() + kChunk);
+        score_chunk<F>(step, task, item, span, s);
+        weigh_chunk<F>(step, task, item, span, s);
+        mix_chunk<F>(step, task, item, span, s);
+        each_row(step, task, item, [&](i64 row, i64 query, i64 head) {
+            if (seen(step, task, query, span).empty()) return;
+            const float* mixed = s.mixed + row * width;
+            if (!task.parts) return join(s.total[row], s.whole + row * width, s.sums[row], mixed, width);
+            float* part = task.parts + (query * step.heads + head) * (width + 2);
+            std::copy(mixed, mixed + width, part);
+            part[width] = s.sums[row].greatest;
+            part[width + 1] = s.sums[row].sum;
+        });
+    }
+    if (task.parts) return;
+    each_row(step, task, item, [&](i64 row, i64 query, i64 head) {
+        answer<F>(step, *task.row, task.first + query, head, s.whole + row * width, s.total[row].sum);
+    });
+}
+
+// ---- All of a step ------------------------------------------------------------------------------------------------
+
+// Some new tokens of a row, or the tasks that answer it in parts.
+struct Piece {
+    const Row* row;
+    i64 first, count;
+};
 
 // The work of a step and memory for it, which stays with the calling thread for its next call.
 struct Work {
-    std::vector<Chunk> chunks;
-    std::vector<Chunk*> several;  // of each row with several chunks, the first
-    std::vector<float> parts, spans;
-    i64 tokens;                   // read
+    std::vector<Piece> writes, several;
+    std::vector<Task> tasks;
+    std::vector<Item> items;
+    std::vector<float> parts, scratch;
+    i64 cost, rows;  // products of a query's and a key's numbers; most rows of an item
 };
 
-template <class T>
-void cut(const Step& step, Work& work) {
-    work.chunks.clear();
-    work.tokens = 0;
-    for (const Row* row = step.rows; row < step.rows + step.count; row++) {
-        for (i64 from = step.oldest(*row), to; from < row->length; from = to) {
-            to = std::min(row->length, (from / kChunk + 1) * kChunk);
-            work.chunks.push_back({row, from, to, nullptr});
-            work.tokens += to - from;
-        }
-    }
-    const i64 size = step.heads * (padded<T>(step.dim) + 2);
-    work.several.clear();
-    work.parts.resize(work.chunks.size() * static_cast<std::size_t>(size));
-    for (std::size_t i = 0, first = 0; i < work.chunks.size(); i++) {
-        if (work.chunks[i].row != work.chunks[first].row) first = i;
-        const bool more = i + 1 < work.chunks.size() && work.chunks[i + 1].row == work.chunks[i].row;
-        if (i == first && !more) continue;
-        if (i == first) work.several.push_back(&work.chunks[i]);
-        work.chunks[i].parts = work.parts.data() + static_cast<i64>(i) * size;
+template <class Number>
+void write(const Step& step, const Piece& piece) {
+    const auto bytes = static_cast<std::size_t>(step.stride()) * sizeof(Number);
+    for (i64 i = piece.first; i < piece.first + piece.count; i++) {
+        const i64 token = piece.row->first + i;
+        const i64 place = step.slot(*piece.row, piece.row->length - piece.row->feed + i) * step.stride();
+        std::memcpy(static_cast<Number*>(step.keys) + place, static_cast<const Number*>(step.k) + token * step.k_stride, bytes);
+        std::memcpy(static_cast<Number*>(step.values) + place, static_cast<const Number*>(step.v) + token * step.v_stride,
+                    bytes);
     }
 }
 
-template <class T>
-void run(const Step& step, Work& work, int threads) {
-    cut<T>(step, work);
-    const i64 chunks = std::ssize(work.chunks), several = std::ssize(work.several);
-    if (2 * work.tokens * step.stride() * static_cast<i64>(sizeof(typename T::Number)) <= kSerial) threads = 1;
+// Cuts a row with few queries into tasks of one chunk each, other rows into tasks of `most` queries.
+void cut(const Step& step, const Row& row, i64 most, Work& work) {
+    for (i64 i = 0; i < row.feed; i += kSlice) work.writes.push_back({&row, i, std::min(kSlice, row.feed - i)});
+    const i64 before = row.length - row.feed, began = std::ssize(work.tasks);
+    if (row.feed <= kFewQueries) {
+        for (i64 from = step.oldest(before), to; from < row.length; from = to) {
+            to = std::min(row.length, (from / kChunk + 1) * kChunk);
+            work.tasks.push_back({&row, 0, row.feed, from, to, nullptr});
+        }
+        const i64 count = std::ssize(work.tasks) - began;
+        if (count > 1) work.several.push_back({&row, began, count});
+        return;
+    }
+    const i64 count = (row.feed + most - 1) / most;
+    for (i64 i = 0; i < count; i++) {
+        const i64 first = row.feed * i / count, end = row.feed * (i + 1) / count;
+        work.tasks.push_back({&row, first, end - first, step.oldest(before + first), before + end, nullptr});
+    }
+}
 
-    // A chunk's heads stay together, for reading in order, unless there are few chunks for the threads.
-    const i64 fold = step.fold(), size = padded<T>(step.dim);
-    const i64 together = std::max<i64>(1, std::min(chunks * step.kv_heads / (4 * threads), kMostSpan / fold));
-    const i64 span = fold * std::min(together, step.kv_heads), spans = (step.heads + span - 1) / span;
-    const i64 memory = span * (2 * size + kChunk + kLanes);
-    work.spans.resize(static_cast<std::size_t>(memory * threads + kLanes));
-    float* aligned = work.spans.data();
+void cut(const Step& step, i64 width, int threads, Work& work) {
+    work.writes.clear();
+    work.several.clear();
+    work.tasks.clear();
+    work.items.clear();
+    const i64 fold = step.fold();
+    i64 rows = 0;
+    for (i64 i = 0; i < step.count; i++) rows += step.rows[i].feed * step.heads;
+    const i64 most = std::clamp<i64>(rows / (4 * threads), kTall, kManyRows) / fold;
+    for (i64 i = 0; i < step.count; i++) cut(step, step.rows[i], std::max<i64>(most, 1), work);
+
+    i64 size = 0;
+    for (const Piece& piece : work.several) size += piece.count * piece.row->feed * step.heads * (width + 2);
+    work.parts.resize(static_cast<std::size_t>(size));
+    float* parts = work.parts.data();
+    for (const Piece& piece : work.several)
+        for (i64 i = 0; i < piece.count; i++, parts += piece.row->feed * step.heads * (width + 2))
+            work.tasks[static_cast<std::size_t>(piece.first + i)].parts = parts;
+
+    // A task's key/value heads stay together, for reading in order, unless there are few tasks for the threads.
+    const i64 tasks = std::ssize(work.tasks), heads = tasks * step.kv_heads / (4 * threads);
+    work.cost = work.rows = 0;
+    for (i64 i = 0; i < tasks; i++) {
+        const Task& task = work.tasks[static_cast<std::size_t>(i)];
+        const i64 span = std::clamp<i64>(std::min(heads, kMostSpan / (fold * task.count)), 1, step.kv_heads);
+        for (i64 head = 0; head < step.kv_heads; head += span)
+            work.items.push_back({i, head, std::min(span, step.kv_heads - head)});
+        work.cost += task.count * (task.to - task.from) * step.heads * step.dim;
+        work.rows = std::max(work.rows, span * fold * task.count);
+    }
+}
+
+// Puts together the parts of a row's query for one head.
+template <class F>
+void combine(const Step& step, const Work& work, const Piece& piece, i64 query, i64 head, float* whole) {
+    const i64 width = padded<F>(step.dim);
+    std::fill(whole, whole + width, 0.0f);
+    Sum total = kNothing;
+    for (i64 i = 0; i < piece.count; i++) {
+        const Task& task = work.tasks[static_cast<std::size_t>(piece.first + i)];
+        if (seen(step, task, query, {task.from, task.to}).empty()) continue;
+        const float* part = task.parts + (query * step.heads + head) * (width + 2);
+        join(total, whole, {part[width], part[width + 1]}, part, width);
+    }
+    answer<F>(step, *piece.row, query, head, whole, total.sum);
+}
+
+template <class F>
+void run(const Step& step, Work& work, int threads) {
+    cut(step, padded<F>(step.dim), threads, work);
+    if (work.cost <= kSerial) threads = 1;
+    const i64 writes = std::ssize(work.writes), items = std::ssize(work.items), several = std::ssize(work.several);
+    const i64 size = Scratch::size<F>(step, work.rows);
+    work.scratch.resize(static_cast<std::size_t>(size * threads + kLanes));
+    float* aligned = work.scratch.data();
     while (reinterpret_cast<std::uintptr_t>(aligned) % 64) aligned++;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (i64 i = 0; i < step.count; i++) write<T>(step, i);
-        float* own = aligned + omp_get_thread_num() * memory;
+        for (i64 i = 0; i < writes; i++)
+            write<typename F::Number>(step, work.writes[static_cast<std::size_t>(i)]);
+        const Scratch own = Scratch::at<F>(aligned + omp_get_thread_num() * size, step, work.rows);
+        // A row's last queries see most: they come first.
 #pragma omp for schedule(dynamic)
-        for (i64 i = 0; i < chunks * spans; i++) {
-            const i64 first = i % spans * span;
-            float *weights = own + span * size, *mixed = weights + span * kChunk;
-            auto* sums = reinterpret_cast<Sum*>(mixed + span * size);
-            answer_chunk<T>(step, work.chunks[static_cast<std::size_t>(i / spans)],
-                            {first, std::min(span, step.heads - first), own, weights, mixed, sums});
+        for (i64 i = items - 1; i >= 0; i--) {
+            const Item& item = work.items[static_cast<std::size_t>(i)];
+            run_item<F>(step, work.tasks[static_cast<std::size_t>(item.task)], item, own);
         }
-#pragma omp for schedule(static)
-        for (i64 i = 0; i < several * step.heads; i++) {
-            const Chunk *first = work.several[static_cast<std::size_t>(i / step.heads)], *end = first;
-            while (end < work.chunks.data() + chunks && end->row == first->row) end++;
-            combine<T>(step, first, end - first, i % step.heads);
+#pragma omp for schedule(dynamic)
+        for (i64 i = 0; i < several; i++) {
+            const Piece& piece = work.several[static_cast<std::size_t>(i)];
+            for (i64 j = 0; j < piece.row->feed * step.heads; j++)
+                combine<F>(step, work, piece, j / step.heads, j % step.heads, own.whole);
         }
     }
 }
@@ -422,19 +422,22 @@ void run(const Step& step, Work& work, int threads) {
 
 extern "C" {
 
-// Stores a new token of every row and answers its query. `plan` is [rows, block size, window or 0, then per row: length, run, table].
-// Keys and values are [slots, kv_heads, dim]; q, k and v are [rows, their heads, dim], rows `*_stride` numbers apart;
-// `out` is [rows, heads * dim]. Numbers have `bytes` 2 (bf16) or 4 (fp32). Returns 0, or 1 where memory ran out.
-int unspool_attend(const std::int64_t* plan, const std::int64_t* tables, int bytes, int heads, int kv_heads, int dim,
-                   const void* q, std::int64_t q_stride, const void* k, std::int64_t k_stride, const void* v,
+// Stores the new tokens of every row and answers their queries. `plan` is [rows, block size, window or 0, then per row:
+// length, feed, first, table]. Keys and values are [slots, kv_heads, dim]; q, k and v are [tokens, their heads, dim],
+// tokens `*_stride` numbers apart; `out` is [tokens, heads * dim]. Numbers have `bytes` 2 (bf16) or 4 (fp32), and
+// `paired` says that bf16 is multiplied by AVX-512 BF16. Returns 0, or 1 where memory ran out.
+int unspool_attend(const std::int64_t* plan, const std::int64_t* tables, int bytes, int paired, int heads, int kv_heads,
+                   int dim, const void* q, std::int64_t q_stride, const void* k, std::int64_t k_stride, const void* v,
                    std::int64_t v_stride, void* keys, void* values, void* out, float scale, float softcap, int threads) {
 #if defined(__x86_64__)
     using namespace unspool;
     thread_local Work work;
     const Step step{reinterpret_cast<const Row*>(plan + 3), tables, plan[0], plan[1], plan[2], heads, kv_heads, dim,
-                    q, k, v, q_stride, k_stride, v_stride, keys, values, out, scale, softcap};
+                    q, k, v, q_stride, k_stride, v_stride, keys, values, out, Scale(scale, softcap)};
     try {
-        bytes == 2 ? run<Bf16>(step, work, threads) : run<Fp32>(step, work, threads);
+        bytes == 4 ? run<Single<Fp32>>(step, work, threads)
+        : paired   ? run<Paired>(step, work, threads)
+                   : run<Single<Bf16>>(step, work, threads);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -1,8 +1,9 @@
-"""Attention over paged pools on a CPU for rows with one query each, by `attention.cpp`.
+"""Attention over paged pools on a CPU, by `attention.cpp`.
 
-One call a layer stores the new keys and values and answers the queries.
+One call a layer stores the new keys and values of a step and answers its queries, whether a row has one query or many.
 
-A row's results are the same bits alone and in company, and on any number of threads.
+A token's results are the same bits alone and in company, on any number of threads, and whether its prompt came whole or
+in chunks.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ __all__ = ["Plan", "fits"]
 
 _DTYPES = {torch.bfloat16: 2, torch.float32: 4}
 _MOST_DIM = 256
+# Level of the library at which bf16 numbers are multiplied in pairs: AVX-512 BF16.
+_PAIRED = 2
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 # Strides are declared as pointers too, which is the cheaper conversion; both have 64 bits.
-_ARGUMENTS = (_POINTER,) * 2 + (_INT,) * 4 + (_POINTER,) * 9 + (_FLOAT,) * 2 + (_INT,)
+_ARGUMENTS = (_POINTER,) * 2 + (_INT,) * 5 + (_POINTER,) * 9 + (_FLOAT,) * 2 + (_INT,)
 
 
 def fits(dtype: torch.dtype, device: torch.device, dim: int, block_size: int) -> bool:
@@ -39,56 +42,57 @@ def fits(dtype: torch.dtype, device: torch.device, dim: int, block_size: int) ->
 
 
 class Plan:
-    """Where rows that get one new token each have their past, for all layers in which they have the same blocks.
+    """Where the rows of a step have their past, for all layers in which they have the same blocks.
 
     Args:
-        lengths: tokens of each row, the new one included.
+        lengths: tokens of each row, the new ones included.
+        feeds: how many of them are new.
         tables: block numbers of each row, for at least as many tokens.
         block_size: tokens in a block.
         window: how many tokens a query sees, itself included; `None` sees all before it.
 
     Raises:
-        ValueError: a table is too short or holds a negative number.
+        ValueError: a row has no new tokens or more than it is long, its table is too short or holds a negative number.
     """
 
-    __slots__ = ("_address", "_memory", "_slots", "_tables", "rows")
+    __slots__ = ("_address", "_memory", "_slots", "_tables", "tokens")
 
     def __init__(
-        self, lengths: Sequence[int], tables: Sequence[list[int]], block_size: int, window: int | None = None
+        self,
+        lengths: Sequence[int],
+        feeds: Sequence[int],
+        tables: Sequence[list[int]],
+        block_size: int,
+        window: int | None = None,
     ) -> None:
-        self.rows = len(lengths)
-        plan = [self.rows, block_size, window or 0]
+        plan = [len(lengths), block_size, window or 0]
         blocks: list[int] = []
-        highest = 0
-        for length, table in zip(lengths, tables, strict=True):
+        tokens = 0
+        for length, feed, table in zip(lengths, feeds, tables, strict=True):
             used = -(-length // block_size)
-            if not 0 < used <= len(table):
+            if not 0 < feed <= length:
+                raise ValueError(f"a row of {length} tokens cannot have {feed} new ones")
+            if used > len(table):
                 raise ValueError(f"a row of {length} tokens does not fit {len(table)} blocks of {block_size}")
-            table = table[:used]
-            first = lowest = table[0]
-            last = first + used - 1
-            if table[-1] == last and table == list(range(first, last + 1)):
-                plan += (length, first * block_size, 0)
-            else:
-                plan += (length, -1, len(blocks))
-                blocks += table
-                lowest, last = min(table), max(table)
-            if lowest < 0:
-                raise ValueError(f"a row has the block {lowest}; blocks are counted from 0")
-            highest = max(highest, last)
-        self._slots = (highest + 1) * block_size
+            plan += (length, feed, tokens, len(blocks))
+            blocks += table[:used]
+            tokens += feed
+        self.tokens = tokens
         self._memory = np.array(plan + blocks, dtype=np.int64)
         self._address = self._memory.ctypes.data
         self._tables = self._address + 8 * len(plan)
+        if min(blocks) < 0:
+            raise ValueError(f"a row has the block {min(blocks)}; blocks are counted from 0")
+        self._slots = (max(blocks) + 1) * block_size
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None
     ) -> Tensor:
-        """Store the new `k` and `v`, and answer `q`; gives `[rows, heads * dim]`.
+        """Store the new `k` and `v`, and answer `q`; gives `[tokens, heads * dim]`.
 
         Args:
-            q: `[rows, heads, dim]`.
-            k, v: `[rows, kv_heads, dim]`.
+            q: `[tokens, heads, dim]`, row by row.
+            k, v: `[tokens, kv_heads, dim]`.
             keys, values: pools `[slots, kv_heads, dim]`.
             scale: multiplies the scores.
             softcap: bounds them, by `softcap * tanh(score / softcap)`.
@@ -96,12 +100,12 @@ class Plan:
         Raises:
             ValueError: shapes, layouts or dtypes do not fit each other or the plan.
         """
-        rows, heads, dim = q.shape
+        tokens, heads, dim = q.shape
         slots, kv_heads, _ = shape = keys.shape
-        new = (rows, kv_heads, dim)
+        new = (tokens, kv_heads, dim)
         dtype = q.dtype
         if (
-            rows != self.rows
+            tokens != self.tokens
             or slots < self._slots
             or shape[2] != dim
             or heads % kv_heads
@@ -116,15 +120,16 @@ class Plan:
         ):
             raise ValueError(
                 f"attention over {tuple(shape)} keys and {tuple(values.shape)} values of {keys.dtype}, with "
-                f"{self._slots} slots in use, cannot take {self.rows} rows as {tuple(q.shape)} queries, "
+                f"{self._slots} slots in use, cannot take {self.tokens} tokens as {tuple(q.shape)} queries, "
                 f"{tuple(k.shape)} keys and {tuple(v.shape)} values of {dtype}"
             )
         q, k, v = _plain(q), _plain(k), _plain(v)
-        out = q.new_empty(rows, heads * dim)
+        out = q.new_empty(tokens, heads * dim)
         failed = _function()(
             self._address,
             self._tables,
             _DTYPES[dtype],
+            native.level() >= _PAIRED,
             heads,
             kv_heads,
             dim,
@@ -152,6 +157,6 @@ def _function() -> ctypes._NamedFuncPointer:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """`x` `[rows, heads, dim]` with the numbers of a row side by side."""
+    """`x` `[tokens, heads, dim]` with the numbers of a token side by side."""
     _, stride, step = x.stride()
     return x if step == 1 and stride == x.shape[2] else x.contiguous()
