@@ -270,10 +270,29 @@ def test_chat_needs_a_template(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert "chat template" in one_error(result.returncode, 2, result.stdout, result.stderr)
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_answers_break_between_words(size: int) -> None:
+    from unspool.cli.text import Lines
+
+    text = "Once upon a time\n\nthere was a supercalifragilistic fox.  It lived in a den. \tThe end"
+    lines = Lines(12)
+    shown = "".join(lines.push(text[i : i + size]) for i in range(0, len(text), size)) + lines.finish()
+    assert [word for line in shown.split("\n") for word in line.split()] == text.split()
+    assert shown.startswith("Once upon a \ntime\n\nthere was a \n")
+    assert [line.strip() for line in shown.split("\n") if len(line) > 12] == ["supercalifragilistic"]
+
+
 # Makes stdin the controlling terminal, so that Ctrl-C reaches the program.
 IN_TERMINAL = (
     "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv[0] = 'unspool'\n"
     "from unspool.cli import main; main()"
+)
+
+
+# An answer of 400 tokens then takes 40 s, so that a key pressed while it is written cannot come too late.
+SLOWLY = (
+    "import time; from unspool.cli import text; put = text.Printer.put\n"
+    "text.Printer.put = lambda self, ids: (time.sleep(0.1), put(self, ids))\n"
 )
 
 
@@ -310,10 +329,10 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
+def terminal(*arguments: str, before: str = "") -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", IN_TERMINAL, *arguments],
+        [sys.executable, "-c", before + IN_TERMINAL, *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -332,14 +351,15 @@ def terminal(*arguments: str) -> Iterator[tuple[Terminal, subprocess.Popen[bytes
 
 def test_chat_ctrl_c_stops_the_answer_only(tiny_llama_dir: Path) -> None:
     options = ["--model", str(tiny_llama_dir), "--min-new-tokens", "400", "--max-new-tokens", "400"]
-    with terminal("chat", *options) as (screen, process):
+    with terminal("chat", *options, before=SLOWLY) as (screen, process):
         at = screen.wait_for("> ")
         screen.type("hello\n")
         at = screen.wait_for("hello\r\n", at)
-        while len(screen.seen) < at + 10:  # the answer has begun
+        while len(screen.seen) < at + 3:  # the answer has begun
             screen.read()
         screen.type("\x03")
         at = screen.wait_for("\r\n> ", at)
+        assert "tokens/s" not in screen.seen
         screen.type("/reset\n")
         at = screen.wait_for("forgotten", at)
         at = screen.wait_for("> ", at)
@@ -359,5 +379,5 @@ def test_chat_commands(tiny_llama_dir: Path) -> None:
         at = screen.wait_for("there is no /dance", at)
         screen.type("hello\n")
         at = screen.wait_for("tokens/s", at)
-        screen.type("/exit\n")
+        screen.type("exit\n")
         assert process.wait(60) == 0

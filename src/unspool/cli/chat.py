@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ HELP = """\
 Ctrl-C   stop the answer"""
 
 
+EXIT = ("/exit", "/quit", "exit", "quit")  # the last two are what people try first
+
 # New tokens of an answer when nobody names a limit.
 LONGEST_ANSWER = 1024
 
@@ -40,8 +43,8 @@ def run(options: ModelOptions, settings: dict[str, Any], system: str | None, qui
             if line.strip():
                 _turn(talk, line.strip(), quiet)
         return
-    note(f"talking with {options.model}; /help lists what else can be typed")
-    while (line := _read_line()) is not None and line not in ("/exit", "/quit"):
+    note(f"talking with {options.model}; /exit leaves, /help lists what else can be typed")
+    while (line := _read_line()) is not None and line not in EXIT:
         if line:
             _react(talk, line, quiet)
 
@@ -120,7 +123,8 @@ def _turn(talk: Talk, line: str, quiet: bool) -> None:
     inputs = encode_chat(talk.tokenizer, talk.messages(question))
     prompt_ids: list[int] = inputs["input_ids"][0].tolist()
     settings = room(talk.model, len(prompt_ids), talk.settings, LONGEST_ANSWER)
-    clock = Clock(Printer(talk.tokenizer, prompt_ids))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    clock = Clock(Printer(talk.tokenizer, prompt_ids, columns))
     try:
         output = complete(talk.model, talk.tokenizer, inputs, settings, clock, talk.past)
         talk.past = output.past_key_values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -123,26 +124,78 @@ def continuation(
 
 
 class Printer:
-    """Writes the text of tokens to stdout as they come."""
+    """Writes the text of tokens to stdout as they come.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
+    Args:
+        tokenizer, prompt_ids: how the tokens are spelt, and those before them.
+        columns: width of the terminal in which lines break between words; `None` writes the text as it is. A word is
+            then written when it is whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], columns: int | None = None) -> None:
         from unspool.streaming import IncrementalDetokenizer
 
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True, prompt_ids=prompt_ids)
+        self._lines = None if columns is None else Lines(columns)
 
     def put(self, ids: list[int]) -> None:
         """Write what the tokens make final."""
-        self._write(self._detokenizer.push(ids))
+        text = self._detokenizer.push(ids)
+        self._write(text if self._lines is None else self._lines.push(text))
 
     def end(self) -> None:
         """Write what was held back."""
-        self._write(self._detokenizer.finish())
+        text = self._detokenizer.finish()
+        self._write(text if self._lines is None else self._lines.push(text) + self._lines.finish())
 
     @staticmethod
     def _write(text: str) -> None:
         if text:
             sys.stdout.write(text)
             sys.stdout.flush()
+
+
+class Lines:
+    """Breaks a text that comes in pieces into lines of at most `columns` characters, between words.
+
+    A word longer than a line is left to the terminal; so are wide characters, which are counted as one column.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.column = 0
+        self.word = ""  # not known to be whole yet
+        self.inside = False  # a word that is longer than a line: it goes out piece by piece
+
+    def push(self, piece: str) -> str:
+        """What can be written now that `piece` has come."""
+        *whole, self.word = re.split(r"(\s)", self.word + piece)
+        out = "".join(map(self._place, whole))
+        if self.inside or len(self.word) >= self.columns:
+            out += self.finish()
+            self.inside = True
+        return out
+
+    def finish(self) -> str:
+        """The last word."""
+        word, self.word = self.word, ""
+        return self._place(word)
+
+    def _place(self, part: str) -> str:
+        """One word or one white space, on a new line where it does not fit."""
+        space, inside = part.isspace(), self.inside and bool(part)
+        self.inside = self.inside and not space
+        if part == "\n":
+            self.column = 0
+            return part
+        if inside and not space:
+            self.column = (self.column + len(part)) % self.columns
+            return part
+        if self.column + len(part) <= self.columns or self.column == 0:
+            self.column += len(part)
+            return part
+        self.column = 0 if space else len(part)
+        return "\n" if space else f"\n{part}"
 
 
 def rows_of(model: CausalLM, settings: dict[str, Any]) -> int:
