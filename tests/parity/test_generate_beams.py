@@ -283,6 +283,27 @@ def test_prompt_memory_is_independent_of_beams(llama: Pair, stores: list[tuple[i
     assert max(used for used, _ in stores) <= 12 + 8 * 3
 
 
+def test_peak_memory_beside_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of keys and values of 4 beams on a prompt of 512 tokens, all that is allocated here against all in use."""
+    from unspool.cache import PagedStore
+
+    theirs = make_checkpoint("llama", tmp_path, max_position_embeddings=1024)
+    ours = unspool.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    sizes: list[int] = []
+    extend = PagedStore.extend
+
+    def watched(store: PagedStore, row: Any, tokens: int) -> bool:
+        sizes.append(sum(pool.nbytes for pools in (store.keys, store.values) for pool in pools.values()))
+        return extend(store, row, tokens)
+
+    monkeypatch.setattr(PagedStore, "extend", watched)
+    ids = torch.randint(3, VOCAB, (1, 512), generator=torch.Generator().manual_seed(0))
+    mine, other = both((ours, theirs), input_ids=ids, num_beams=4, max_new_tokens=64, do_sample=False)
+    assert mine.sequences.tolist() == other.sequences.tolist()
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in other.past_key_values.layers)
+    assert 0 < max(sizes) <= 0.45 * stored
+
+
 def test_prompts_that_are_settled_leave(llama: Pair, stores: list[tuple[int, int]]) -> None:
     kwargs: dict[str, Any] = {"num_beams": 3, "do_sample": False, "early_stopping": True, "pad_token_id": PAD}
     free = llama[0].generate(PROMPTS, max_new_tokens=20, **kwargs | {"eos_token_id": None})

@@ -1,0 +1,162 @@
+"""How much faster each decoding mode is than what it is measured against, as a table of ratios.
+
+    python benchmarks/modes.py [beams ...] [--rounds 5] [--threads 2] [--patience 60] [--quick]
+
+Both sides of a mode do the same work in one process, in turn, so that a busy minute of the machine falls on both; the
+ratio is the median over rounds of one pair each. Modes without a name on the command line are all of them.
+A mode is an entry of ``MODES``: what it is against, the ratio to reach, and how to make its two sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from checkpoints import NAMES, checkpoint
+from quiet import Disturbed, undisturbed
+
+Side = Callable[[], Any]
+"""Does a mode's work once."""
+
+
+class Pair(NamedTuple):
+    """The two sides of a mode, and other ratios that need no clock: name, value, target."""
+
+    ours: Side
+    other: Side
+    facts: tuple[tuple[str, float, str], ...] = ()
+
+
+class Mode(NamedTuple):
+    """What a mode is measured against, the ratio to reach, and what makes its sides (with fewer tokens, if quick)."""
+
+    title: str
+    against: str
+    target: float
+    make: Callable[[bool], Pair]
+
+
+@cache
+def unspool_model(shape: str) -> Any:
+    import unspool
+
+    return unspool.AutoModelForCausalLM.from_pretrained(checkpoint(shape), dtype="bfloat16")
+
+
+@cache
+def transformers_model(shape: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint(shape), dtype=torch.bfloat16)
+
+
+def prompt(rows: int, tokens: int) -> torch.Tensor:
+    """Random ids that both shapes have."""
+    return torch.randint(3, 49000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def beams(quick: bool) -> Pair:
+    """Four beams on a prompt of 512 tokens, and the bytes of keys and values that either side keeps for them."""
+    new = 8 if quick else 64
+    ids = prompt(1, 512)
+    given = {"num_beams": 4, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "early_stopping": True}
+    ours, other = unspool_model("T"), transformers_model("T")
+    mask = torch.ones_like(ids)
+    stored = other.generate(ids, attention_mask=mask, return_dict_in_generate=True, **given).past_key_values
+    theirs = sum(layer.keys.nbytes + layer.values.nbytes for layer in stored.layers)
+    memory = store_bytes(lambda: ours.generate(ids, **given)) / theirs
+    return Pair(
+        lambda: ours.generate(ids, **given),
+        lambda: other.generate(ids, attention_mask=mask, **given),
+        (("peak bytes of keys and values", memory, "≤ 0.45"),),
+    )
+
+
+def store_bytes(call: Side) -> int:
+    """Bytes of the largest store of keys and values that a call makes."""
+    from unspool.cache import PagedStore
+
+    sizes: list[int] = []
+    original = PagedStore.extend
+
+    def extend(store: Any, row: Any, tokens: int) -> bool:
+        sizes.append(sum(pool.nbytes for pools in (store.keys, store.values) for pool in pools.values()))
+        return original(store, row, tokens)
+
+    PagedStore.extend = extend  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        PagedStore.extend = original  # type: ignore[method-assign]
+    return max(sizes)
+
+
+MODES: dict[str, Mode] = {
+    "beams": Mode(f"4 beams, prompt of 512, {NAMES['T']} shape, bf16", "transformers", 1.5, beams),
+}
+
+
+def ratio(pair: Pair, rounds: int, patience: float) -> list[float]:
+    """Time of the other side over ours, of each round in which nobody disturbed."""
+
+    def both() -> float:
+        times = []
+        for side in (pair.ours, pair.other):
+            began = time.perf_counter()
+            side()
+            times.append(time.perf_counter() - began)
+        return times[1] / times[0]
+
+    pair.ours()
+    pair.other()
+    found: list[float] = []
+    for _ in range(rounds):
+        try:
+            found.append(undisturbed(lambda _: both(), patience)[0])
+        except Disturbed:
+            continue
+    return found
+
+
+def line(mode: Mode, pair: Pair, found: list[float]) -> str:
+    """A mode's rows of the table."""
+    if not found:
+        return f"| {mode.title} | {mode.against} | no quiet moment | ≥ {mode.target} |"
+    middle = statistics.median(found)
+    spread = f"{middle:.2f} ({min(found):.2f} to {max(found):.2f})"
+    rows = [f"| {mode.title} | {mode.against} | {spread} | ≥ {mode.target} |"]
+    rows += [f"| … {name} | {mode.against} | {value:.2f} | {target} |" for name, value, target in pair.facts]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modes", nargs="*", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet moment, per round")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that all works")
+    parser.add_argument("--out", type=Path, help="a file for the table")
+    args = parser.parse_args()
+    if unknown := set(args.modes) - set(MODES):
+        parser.error(f"unknown {sorted(unknown)}; there are {list(MODES)}")
+    torch.set_num_threads(args.threads)
+    table = "| mode | against | times as fast, median (range) | target |\n|---|---|---:|---|\n"
+    with torch.no_grad():
+        for name in args.modes or MODES:
+            pair = MODES[name].make(args.quick)
+            table += line(MODES[name], pair, ratio(pair, 1 if args.quick else args.rounds, args.patience)) + "\n"
+    print(table, end="")
+    if args.out:
+        args.out.write_text(table)
+
+
+if __name__ == "__main__":
+    main()
