@@ -62,7 +62,7 @@ MISTAKES: dict[str, Case] = {
         ValueError,
         "num_beam_groups",
     ),
-    "an assistant": ({"assistant_model": object()}, unspool.errors.Unsupported, "assistant_model"),
+    "an assistant": ({"assistant_model": object()}, TypeError, "assistant_model"),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 3)}, unspool.errors.Unsupported, "inputs_embeds"),
 }
 

@@ -38,8 +38,9 @@ def build_batch(
         positions.extend(range(row.computed, row.computed + feed))
     extents = None
     if spec.needs_extents:
-        lengths = torch.tensor([row.known + len(row.draft) for row in rows], device=device)
-        extents = lengths.repeat_interleave(torch.tensor(feeds, device=device))
+        known = [row.known for row, feed in zip(rows, feeds, strict=True) for _ in range(feed)]
+        # a draft's tokens as if they had come one by one
+        extents = torch.tensor([max(n, p + 1) for n, p in zip(known, positions, strict=True)], device=device)
     return Batch(
         tokens=_tokens(placed, device),
         positions=torch.tensor(positions, device=device),

@@ -77,13 +77,24 @@ class StaticScheduler:
             for row in rows:
                 if row.computed <= limit < row.known:
                     row.computed = 0
-        if self._group.drafter is not None:
-            self._group.drafter.draft(rows)
+        self._draft(rows)
         return [Work(row, row.known + len(row.draft) - row.computed, 1 + len(row.draft), self._group) for row in rows]
 
     def _prompt_chunk(self) -> list[Work]:
         self._left = max(0, self._left - self._chunk)
         keep = int(self._left == 0)
         self._steps -= keep
-        feeds = ((row, row.known - row.computed - self._left) for row in self._leaders)
-        return [Work(row, feed, keep, self._group) for row, feed in feeds if feed > 0]
+        if keep and self._group.twins is None:
+            self._draft(self._leaders)
+        feeds = ((row, row.known - row.computed - self._left + len(row.draft)) for row in self._leaders)
+        return [Work(row, feed, keep and 1 + len(row.draft), self._group) for row, feed in feeds if feed > 0]
+
+    def _draft(self, rows: list[Sequence]) -> None:
+        """Have drafts made, where there is a drafter; none reaches across the length at which rows are recomputed."""
+        if self._group.drafter is None:
+            return
+        self._group.drafter.draft(rows)
+        limit = self._recompute_past
+        for row in rows:
+            if limit is not None and row.known <= limit:
+                row.draft = row.draft[: limit - row.known]

@@ -44,7 +44,7 @@ def set_up_beams(call: Call) -> Setup:
             return beam_output(chooser, prompts, number, call.limits, call.kept, call.tracer)
         return beam_sequences(chooser, prompts, number)
 
-    return Setup(group, result, forks=True, in_step=True)
+    return Setup(group, result, forks=True, in_step=True, keep_finished=call.every_row)
 
 
 def _grouped(config: GenerationConfig) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unspool.config import GenerationConfig
-from unspool.decode.choose.sample import GlobalNoise, Noise, SeededNoise
+from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Group, Sequence
 from unspool.generate.inputs import Prompts
@@ -29,12 +29,14 @@ class Abilities:
         shares_prompts: rows with the same prompt need it computed only once.
         traces: attention weights and hidden states come through the loop; otherwise the backend records them.
         inference_mode: computes in PyTorch's inference mode where the caller does not see its tensors.
+        drafts: several tokens of a row can be checked at once, and forgotten again.
         prompt_budget: prompt tokens to compute in one step when the caller names no chunk; `None` takes all.
     """
 
     shares_prompts: bool = True
     traces: bool = True
     inference_mode: bool = True
+    drafts: bool = True
     # enough to keep matrix products at full speed and ordinary batches whole, few enough to bound activations
     prompt_budget: int | None = 8192
 
@@ -46,12 +48,14 @@ class Backend(Protocol):
         abilities: see there.
         device: where tokens are chosen.
         vocab: how many tokens there are.
+        positions: most tokens of a row.
         recompute_past: see `ModelSpec`.
     """
 
     abilities: Abilities
     device: torch.device
     vocab: int
+    positions: int | float
     recompute_past: int | None
 
     def runner(self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool) -> Runner:
@@ -78,6 +82,23 @@ class Backend(Protocol):
         """Say where a row's NaN came from, for an error message, after the fact."""
         ...
 
+    def first_layers(self, layers: int) -> Backend:
+        """A backend that stops after so many layers, for drafts; raises `Unsupported` where that cannot be."""
+        ...
+
+
+@dataclass(slots=True)
+class Assistant:
+    """A draft model.
+
+    Attributes:
+        backend: computes it.
+        config: its own generation settings.
+    """
+
+    backend: Backend
+    config: GenerationConfig
+
 
 @dataclass(slots=True)
 class Call:
@@ -94,6 +115,7 @@ class Call:
         stream: the streamer's entrance, or `None`.
         past: stored keys and values of an earlier call, or `None`.
         foreign: processors or criteria of the caller's own take part.
+        assistant: the draft model, or `None`.
         kept: scores and logits that were asked for.
         tracer: takes attentions and hidden states, or `None`.
     """
@@ -108,6 +130,7 @@ class Call:
     stream: Stream | None
     past: Any
     foreign: bool
+    assistant: Assistant | None = None
     kept: Kept = field(init=False)
     tracer: Tracer | None = field(init=False)
 
@@ -147,7 +170,7 @@ class Call:
             return None
         return [rows[i - i % self.copies] for i in range(len(rows))]
 
-    def noise(self) -> Noise | None:
+    def noise(self) -> GlobalNoise | SeededNoise | None:
         """Where sampling noise comes from; `None` when nothing is drawn."""
         if not self.config.do_sample:
             return None
@@ -165,9 +188,11 @@ class Setup:
         result: makes the result once all rows have ended.
         forks: rows become forks of each other.
         in_step: each step must be committed before the next is planned.
+        keep_finished: rows that ended are fed until all have.
     """
 
     group: Group
     result: Callable[[Runner], Tensor | GenerateOutput]
     forks: bool
     in_step: bool
+    keep_finished: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from unspool.bridge.module import Foreign
 from unspool.bridge.rows import Record, RowsRunner
 from unspool.config import GenerationConfig
 from unspool.decode.sequence import Sequence
+from unspool.errors import Unsupported
 from unspool.generate.call import Abilities
 from unspool.generate.inputs import Prompts, end_tokens
 from unspool.generate.outputs import (
@@ -167,7 +169,8 @@ _WITH_ENCODER: dict[type, type[GenerateEncoderDecoderOutput] | type[GenerateBeam
 class RowsBackend:
     """See `generate.call.Backend`."""
 
-    abilities = Abilities(shares_prompts=False, traces=False, inference_mode=False, prompt_budget=None)
+    abilities = Abilities(shares_prompts=False, traces=False, inference_mode=False, drafts=False, prompt_budget=None)
+    positions = math.inf
     recompute_past: int | None = None
     vocab: int
 
@@ -200,6 +203,10 @@ class RowsBackend:
         filler = int(pad) if pad is not None else eos[0] if eos else 0
         self._runner = RowsRunner(self.foreign, self._ids, self._inputs, filler, self._mask_length, self._record)
         return self._runner
+
+    def first_layers(self, layers: int) -> RowsBackend:
+        """See `Backend`."""
+        raise Unsupported("assistant_early_exit needs a native model; leave it out")
 
     def past(self, rows: list[Sequence], runner: Any, width: int) -> Any:
         """See `Backend`: the module's own cache."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
 from unspool.errors import Unsupported
 from unspool.generate.beams import beam_filler
-from unspool.generate.call import Call
+from unspool.generate.call import Assistant, Call
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.inputs import end_tokens
-from unspool.generate.native import NativeSource
+from unspool.generate.native import NativeBackend, NativeSource
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Source
 from unspool.generate.scores import compute_transition_scores
@@ -63,6 +63,10 @@ class GenerationMixin:
             streamer: gets the prompt, then every step's tokens, then `end()`; when the call fails, `fail(error)`. With
                 beams it has a row for each prompt, and gets tokens once everything that may become its best output
                 begins with them.
+            assistant_model: a smaller native model with the same tokenizer that drafts tokens, which this one then
+                checks several at a time: the same text, sooner. How much is drafted: `num_assistant_tokens`,
+                `num_assistant_tokens_schedule` and `assistant_confidence_threshold`, of this call or else of its own
+                generation config.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
                 `tokenizer` (for `stop_strings`).
@@ -80,7 +84,6 @@ class GenerationMixin:
         Source: `GenerationMixin.generate` of transformers v5.2.
         """
         _refuse(
-            assistant_model=assistant_model,
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             custom_generate=custom_generate,
@@ -90,7 +93,13 @@ class GenerationMixin:
         arguments = Arguments(inputs, resolved.unused)
         try:
             call = self._prepare(
-                arguments, resolved, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer
+                arguments,
+                resolved,
+                logits_processor,
+                stopping_criteria,
+                prefix_allowed_tokens_fn,
+                streamer,
+                assistant_model,
             )
             result = run(call)
         except BaseException as error:
@@ -120,6 +129,7 @@ class GenerationMixin:
         stopping_criteria: Items[Any] | None,
         prefix_allowed_tokens_fn: PrefixFn | None,
         streamer: Any,
+        assistant_model: Any,
     ) -> Call:
         """Settle everything that can be wrong before any work is done."""
         source = self._source()
@@ -165,6 +175,7 @@ class GenerationMixin:
             stream=None if streamer is None else Stream(streamer, reading.seen if beams > 1 else prompts),
             past=reading.past,
             foreign=bool(logits_processor or stopping_criteria or prefix_allowed_tokens_fn),
+            assistant=None if assistant_model is None else _read_assistant(assistant_model, source.vocab_size),
         )
 
     def _source(self) -> Source:
@@ -187,8 +198,6 @@ _MODES: dict[str, Any] = {
     "penalty_alpha": None,
     "dola_layers": None,
     "guidance_scale": None,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
     "token_healing": False,
 }
 
@@ -198,3 +207,15 @@ def _refuse_modes(config: GenerationConfig) -> None:
         value = getattr(config, name, off)
         if value not in (off, None):
             raise Unsupported(f"{name}={value!r} is not supported in this version; leave it at {off!r}")
+
+
+def _read_assistant(model: Any, vocab: int | None) -> Assistant:
+    """The draft model of a call, checked."""
+    if not isinstance(model, Model) or not isinstance(model, GenerationMixin):
+        raise TypeError(f"assistant_model must be a native model (see unspool.load), not {type(model).__name__}")
+    if model.spec.vocab_size != vocab:
+        raise ValueError(
+            f"assistant_model has a vocabulary of {model.spec.vocab_size} and the model one of "
+            f"{vocab}; they must share a tokenizer"
+        )
+    return Assistant(NativeBackend(model), model.generation_config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -10,14 +12,14 @@ from unspool.cache import PagedStore, PastKeyValues
 from unspool.cache.past import PastRow
 from unspool.config import GenerationConfig
 from unspool.decode.fault import find_fault
-from unspool.decode.runner import PagedRunner, Runner
+from unspool.decode.runner import PagedRunner, Runner, Steps
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
 from unspool.generate.call import Abilities
 from unspool.generate.inputs import end_tokens, read_prompts
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Reading
-from unspool.models.base import Model
+from unspool.models.base import Batch, Model
 
 # New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.
 _FIRST_ROOM = 1024
@@ -25,15 +27,22 @@ _BLOCK = 16
 
 
 class NativeBackend:
-    """See `generate.call.Backend`."""
+    """See `generate.call.Backend`.
+
+    Args:
+        model: what computes.
+        layers: how many of its layers; `None` takes all.
+    """
 
     abilities = Abilities()
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, layers: int | None = None) -> None:
         self.model = model
         self.device = model.device
         self.vocab = model.spec.vocab_size
+        self.positions = model.spec.max_positions if model.spec.hard_limit else math.inf
         self.recompute_past = model.spec.recompute_past
+        self._steps: Steps = model if layers is None else FirstLayers(model, layers)
 
     def runner(
         self, rows: list[Sequence], copies: int, new: int, past: PastKeyValues | None, *, forks: bool
@@ -46,7 +55,7 @@ class NativeBackend:
                 served = rows[i * copies : i * copies + (1 if forks else copies)]
                 for row in served:
                     store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
-        return PagedRunner(self.model, store, self.device, rows, forks=forks)
+        return PagedRunner(self._steps, store, self.device, rows, forks=forks)
 
     def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues:
         """See `Backend`."""
@@ -61,6 +70,15 @@ class NativeBackend:
     def fault(self, row: Sequence) -> str:
         """See `Backend`."""
         return find_fault(self.model, row)
+
+    def first_layers(self, layers: int) -> NativeBackend:
+        """See `Backend`."""
+        if layers >= self.model.spec.layers:
+            raise ValueError(
+                f"assistant_early_exit={layers} drafts with so many of the model's {self.model.spec.layers} layers; "
+                "choose fewer"
+            )
+        return NativeBackend(self.model, layers)
 
     def _separate(self, rows: list[Sequence], room: int) -> PagedStore:
         """A run of blocks for every row, longest first."""
@@ -83,7 +101,23 @@ class NativeBackend:
 
     def _empty(self, blocks: int) -> PagedStore:
         model = self.model
-        return PagedStore(model.spec.groups, blocks, dtype=model.dtype, device=self.device, block_size=_BLOCK)
+        return PagedStore(self._steps.spec.groups, blocks, dtype=model.dtype, device=self.device, block_size=_BLOCK)
+
+
+class FirstLayers:
+    """A model that stops after its first layers, with the norm and head of the whole (Elhoushi et al., 2024)."""
+
+    def __init__(self, model: Model, layers: int) -> None:
+        self._model = model
+        self._layers = layers
+        cut = ((group, tuple(layer for layer in group.layers if layer < layers)) for group in model.spec.groups)
+        groups = tuple(replace(group, layers=kept) for group, kept in cut if kept)
+        self.spec = replace(model.spec, groups=groups)
+
+    def step(self, batch: Batch) -> Tensor:
+        """See `Steps`."""
+        batch.layers = self._layers
+        return self._model.step(batch)
 
 
 class NativeSource:

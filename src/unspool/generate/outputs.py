@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -53,6 +53,14 @@ class ModelOutput(OrderedDict[str, Any]):
         return tuple(super(ModelOutput, self).__getitem__(key) for key in self)
 
 
+class Draft(NamedTuple):
+    """One check of a draft: how many tokens the row had, what was drafted, and how much of it was accepted."""
+
+    position: int
+    tokens: list[int]
+    accepted: int
+
+
 @dataclass(eq=False, repr=False)
 class GenerateDecoderOnlyOutput(ModelOutput):
     """Result of greedy decoding or sampling with a decoder-only model.
@@ -66,6 +74,8 @@ class GenerateDecoderOnlyOutput(ModelOutput):
             `output_hidden_states=True`.
         past_key_values: the stored keys and values, for a follow-up call, with `use_cache=True`.
         finish_reasons: per row, `"stop"` or `"length"`.
+        acceptance_rate: accepted over drafted tokens, when drafts were checked.
+        drafts: per row, the drafts that were checked.
     """
 
     sequences: Tensor
@@ -75,6 +85,8 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
     past_key_values: Any = None
     finish_reasons: list[str] | None = None
+    acceptance_rate: float | None = None
+    drafts: list[list[Draft]] | None = None
 
 
 @dataclass(eq=False, repr=False)

@@ -34,7 +34,7 @@ def set_up_sampling(call: Call) -> Setup:
     def result(runner: Runner) -> Tensor | GenerateDecoderOnlyOutput:
         return sampled_output(call, rows, runner) if call.detailed else sequences(call, rows)
 
-    return Setup(group, result, forks=False, in_step=bool(call.limits.criteria))
+    return Setup(group, result, forks=False, in_step=bool(call.limits.criteria), keep_finished=call.every_row)
 
 
 def sequences(call: Call, rows: list[Sequence]) -> Tensor:

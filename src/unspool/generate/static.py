@@ -14,6 +14,7 @@ from unspool.config.mode import mode_of
 from unspool.decode.loop import Loop
 from unspool.decode.plan import StaticScheduler
 from unspool.decode.sequence import Sequence
+from unspool.generate.assisted import set_up_assisted
 from unspool.generate.beams import set_up_beams
 from unspool.generate.call import Call, Setup
 from unspool.generate.outputs import GenerateOutput
@@ -22,6 +23,7 @@ from unspool.generate.sampling import set_up_sampling
 _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
     GenerationMode.GREEDY_SEARCH: set_up_sampling,
     GenerationMode.SAMPLE: set_up_sampling,
+    GenerationMode.ASSISTED_GENERATION: set_up_assisted,
     GenerationMode.BEAM_SEARCH: set_up_beams,
     GenerationMode.BEAM_SAMPLE: set_up_beams,
     GenerationMode.GROUP_BEAM_SEARCH: set_up_beams,
@@ -31,7 +33,7 @@ _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
 
 def run(call: Call) -> Tensor | GenerateOutput:
     """Generate: `[rows, columns]` ids, or the output object when `return_dict_in_generate` is set."""
-    setup = _SET_UP[mode_of(call.config, assisted=False)](call)
+    setup = _SET_UP[mode_of(call.config, assisted=call.assistant is not None)](call)
     rows = setup.group.rows
     runner = call.backend.runner(rows, call.copies, call.steps, call.past, forks=setup.forks)
     scheduler = StaticScheduler(
@@ -40,11 +42,11 @@ def run(call: Call) -> Tensor | GenerateOutput:
         steps=call.steps,
         chunk=_chunk(call, rows),
         recompute_past=call.backend.recompute_past,
-        keep_finished=call.every_row,
+        keep_finished=setup.keep_finished,
         keep_stored=call.detailed and not setup.forks,
     )
     recomputes = call.backend.recompute_past is not None
-    in_step = setup.in_step or setup.forks or call.every_row or recomputes
+    in_step = setup.in_step or setup.keep_finished or recomputes
     loop = Loop(runner, scheduler, device=call.backend.device, in_step=in_step)
     with _mode(call):
         loop.run()

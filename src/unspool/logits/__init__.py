@@ -30,7 +30,7 @@ from unspool.logits.length import (
 )
 from unspool.logits.ngram import EncoderNoRepeatNGramLogitsProcessor, NoRepeatNGramLogitsProcessor
 from unspool.logits.penalties import EncoderRepetitionPenaltyLogitsProcessor, RepetitionPenaltyLogitsProcessor
-from unspool.logits.pipeline import build_processors
+from unspool.logits.pipeline import build_processors, warped_again
 from unspool.logits.sanity import InfNanRemoveLogitsProcessor, LogitNormalization
 from unspool.logits.warpers import (
     EpsilonLogitsWarper,
@@ -99,4 +99,5 @@ __all__ = [
     "WhisperNoSpeechDetection",
     "WhisperTimeStampLogitsProcessor",
     "build_processors",
+    "warped_again",
 ]

@@ -108,6 +108,18 @@ def build_processors(
     return processors
 
 
+def warped_again(processors: LogitsProcessorList, config: GenerationConfig) -> LogitsProcessorList:
+    """What transformers runs on the scores of a draft model: all processors, and those for sampling a second time.
+
+    The drafts are a little off for it and the checked text is not, but what is drawn from a global generator depends on
+    it.
+    """
+    again: list[ProcessorLike] = _warpers(config, None) if config.do_sample else []
+    if config.renormalize_logits is True:
+        again.append(LogitNormalization())
+    return LogitsProcessorList([*processors, *again])
+
+
 def _refuse_unsupported(config: GenerationConfig) -> None:
     if config.guidance_scale is not None and config.guidance_scale != 1:
         raise Unsupported(f"`guidance_scale` (={config.guidance_scale}) is not supported yet; leave it None or set 1.")

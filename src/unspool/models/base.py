@@ -86,6 +86,7 @@ class Batch:
             chunks); filled when the spec asks for it.
         trace: where given, the model appends the hidden states `[tokens, hidden]` that enter each layer,
             and last the ones after the final norm.
+        layers: run only so many layers before the final norm; `None` runs all.
     """
 
     tokens: Tensor
@@ -94,6 +95,7 @@ class Batch:
     keep: Tensor | None = None
     extents: Tensor | None = None
     trace: list[Tensor] | None = None
+    layers: int | None = None
 
 
 @dataclass(slots=True)

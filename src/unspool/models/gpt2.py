@@ -146,7 +146,7 @@ class GPT2(Model):
         """Hidden states after the final norm, `[tokens, hidden]`."""
         x: Tensor = self.embedding(batch.tokens)
         x = x + self.position_embedding(batch.positions)
-        for layer in self.layers:
+        for layer in self.layers[: batch.layers]:
             if batch.trace is not None:
                 batch.trace.append(x)
             x = layer(x, batch.attend)

@@ -172,7 +172,7 @@ class Llama(Model):
         if self.shape.embedding_multiplier != 1.0:
             x = x * self.shape.embedding_multiplier
         turn = self.rotary(batch.positions, batch.extents, x.dtype)
-        for layer in self.layers:
+        for layer in self.layers[: batch.layers]:
             if batch.trace is not None:
                 batch.trace.append(x)
             x = layer(x, turn, batch.attend)

@@ -61,6 +61,10 @@ class GlobalNoise:
             return noise
         return noise[torch.tensor([row.row for row in rows], device=self._device)]
 
+    def ahead(self, rows: Items[Sequence], vocab: int) -> Tensor:
+        """The same for rows with drafts: `1 + len(row.draft)` rows of noise for each."""
+        return torch.empty(sum(1 + len(row.draft) for row in rows), vocab, device=self._device).exponential_(1)
+
 
 class SeededNoise:
     """Draws from a generator keyed by (seed, sample, position): a prompt gets the same text in any company.
@@ -78,9 +82,16 @@ class SeededNoise:
 
     def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
         """Exponential noise `[len(rows), vocab]`."""
-        noise = torch.empty(len(rows), vocab, device=self._generator.device)
-        for row, out in zip(rows, noise, strict=True):
-            self._generator.manual_seed(key(self._seed, row.row % self._samples, row.known))
+        return self._draw([(row, row.known) for row in rows], vocab)
+
+    def ahead(self, rows: Items[Sequence], vocab: int) -> Tensor:
+        """The same for rows with drafts: `1 + len(row.draft)` rows of noise for each."""
+        return self._draw([(row, row.known + i) for row in rows for i in range(1 + len(row.draft))], vocab)
+
+    def _draw(self, places: Items[tuple[Sequence, int]], vocab: int) -> Tensor:
+        noise = torch.empty(len(places), vocab, device=self._generator.device)
+        for (row, position), out in zip(places, noise, strict=True):
+            self._generator.manual_seed(key(self._seed, row.row % self._samples, position))
             out.exponential_(1, generator=self._generator)
         return noise
 

@@ -1,0 +1,4 @@
+"""Drafters: what guesses the next tokens of rows, to be checked in one step (see `decode.sequence.Drafter`).
+
+`lookup` copies what followed the same words earlier in the row, `model` asks a smaller model. `rules` says how much.
+"""

@@ -1,0 +1,47 @@
+"""How many tokens to draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unspool.decode.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRules:
+    """What bounds a draft.
+
+    Attributes:
+        tokens: most tokens of a draft, at the start.
+        schedule: `"constant"` keeps that number; `"heuristic"` adds 2 after a draft that was right in full and takes 1
+            after any other (`"heuristic_transient"` is the same here, where nothing is kept from call to call).
+        confidence: a draft ends with the first token that the draft model gives less probability; 0 never does.
+        eos: end tokens; a draft ends with one.
+    """
+
+    tokens: int
+    schedule: str = "constant"
+    confidence: float = 0.0
+    eos: frozenset[int] = frozenset()
+
+
+class Pace:
+    """How many tokens to draft for one row, by how its last draft fared."""
+
+    def __init__(self, rules: DraftRules) -> None:
+        self._adapts = rules.schedule != "constant"
+        self._tokens = rules.tokens
+        self._known = 0
+        self._drafted = 0
+
+    def next(self, row: Sequence) -> int:
+        """Most tokens for the draft that is about to be made."""
+        if self._adapts and self._drafted:
+            right = len(row.tokens) - self._known - 1
+            self._tokens = self._tokens + 2 if right >= self._drafted else max(1, self._tokens - 1)
+        self._known, self._drafted = len(row.tokens), 0
+        return self._tokens
+
+    def made(self, tokens: int) -> None:
+        """Tell how many were drafted."""
+        self._drafted = tokens

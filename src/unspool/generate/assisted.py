@@ -1,0 +1,267 @@
+"""Assisted decoding in a static call: drafts from a smaller model, the model's own first layers, or the text so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unspool.config import GenerationConfig
+from unspool.decode.choose.ragged import Columns, RaggedChooser
+from unspool.decode.choose.sample import GlobalNoise, SeededNoise
+from unspool.decode.draft.lookup import Lookup
+from unspool.decode.draft.model import ModelDrafter
+from unspool.decode.draft.rules import DraftRules
+from unspool.decode.runner import Runner
+from unspool.decode.sequence import Choice, Drafter, Group, Sequence
+from unspool.errors import Unsupported
+from unspool.generate.call import Assistant, Call, Setup
+from unspool.generate.outputs import Draft, GenerateDecoderOnlyOutput
+from unspool.generate.recorder import refuse_nothing
+from unspool.generate.sampling import sequences
+from unspool.generate.stream import Stream
+from unspool.logits import warped_again
+from unspool.stopping import Limits
+
+
+@dataclass(slots=True, eq=False)
+class RaggedRecorder:
+    """The sink of rows that get any number of tokens in a step (see `decode.sequence.Sink`).
+
+    Attributes:
+        columns: what criteria see.
+        limits: when rows end.
+        steps: most new tokens of a row.
+        begin: how many of each row's tokens are its prompt's.
+        stream: the streamer's entrance, or `None`.
+        find_fault: names the first layer whose output is not finite for a row, for the error message.
+        scores, logits: per row, one `[vocab]` for each of its new tokens; `None` when they are not wanted.
+        rounds: per row, every draft that was checked.
+    """
+
+    columns: Columns
+    limits: Limits
+    steps: int
+    begin: list[int]
+    stream: Stream | None
+    filler: int
+    find_fault: Callable[[Sequence], str]
+    scores: list[list[Tensor]] | None
+    logits: list[list[Tensor]] | None
+    rounds: list[list[Draft]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rounds = [[] for _ in self.begin]
+        self._ended = [False] * len(self.begin)
+
+    _ended: list[bool] = field(init=False)
+
+    def room(self, row: Sequence) -> int:
+        """Most tokens a row may still get."""
+        return self.steps - (len(row.tokens) - self.begin[row.row])
+
+    def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
+        """Append each row's tokens until it ends, stream; raises `NonFiniteLogits` for a row without a choice."""
+        assert choice.counts is not None
+        news: list[list[int]] = [[] for _ in self.begin]
+        first = place = 0
+        for row, count in zip(rows, choice.counts, strict=True):
+            draft, row.draft = row.draft, []
+            known = len(row.tokens)
+            self._append(row, tokens[first : first + count])
+            taken = len(row.tokens) - known
+            if draft:
+                self.rounds[row.row].append(Draft(known, draft, min(taken, count - 1)))
+            for kept, made in ((self.scores, choice.scores), (self.logits, choice.logits)):
+                if kept is not None and made is not None:
+                    kept[row.row] += made[place : place + taken].unbind()
+            news[row.row] = row.tokens[known:]
+            self._ended[row.row] = row.finish is not None
+            first += count
+            place += 1 + len(draft)
+        if self.stream is not None:
+            self.stream.news(news, self._ended, self.filler)
+
+    def _append(self, row: Sequence, tokens: list[int]) -> None:
+        for token in tokens:
+            if token < 0:
+                refuse_nothing(row, self.find_fault)
+            row.tokens.append(token)
+            if token in self.limits.eos:
+                row.finish = "stop"
+            elif self.room(row) <= 0:
+                row.finish = "length"
+            elif self.limits.criteria and self._asked(row):
+                row.finish = "stop"
+            if row.finish is not None:
+                return
+
+    def _asked(self, row: Sequence) -> bool:
+        """Ask the criteria about one row, as if its tokens had come one by one."""
+        scores = None if self.scores is None else tuple(score[None] for score in self.scores[row.row])
+        return bool(self.limits.criteria(self.columns.ids(row)[None], scores).any())
+
+
+def set_up_assisted(call: Call) -> Setup:
+    """A row for each output, with drafts checked in each step."""
+    if not call.backend.abilities.drafts:
+        raise Unsupported(
+            "drafts (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) need a native model; leave them "
+            "out"
+        )
+    if call.tracer is not None:
+        raise Unsupported(
+            "output_attentions and output_hidden_states are not kept with drafts; leave out assistant_model, "
+            "prompt_lookup_num_tokens and assistant_early_exit, or these outputs"
+        )
+    rows = call.rows()
+    begin = [len(tokens) for tokens in call.prompts.tokens]
+    columns = Columns(call.prompts.rectangle, begin)
+    sink = RaggedRecorder(
+        columns,
+        call.limits,
+        call.steps,
+        begin,
+        call.stream,
+        call.filler,
+        call.backend.fault,
+        None if call.kept.scores is None else [[] for _ in rows],
+        None if call.kept.logits is None else [[] for _ in rows],
+    )
+    noise = call.noise()
+    drafter = _drafter(call, rows, columns, sink.room, noise)
+    chooser = RaggedChooser(
+        columns,
+        call.processors or None,
+        noise,
+        proposals=drafter.proposals if isinstance(drafter, ModelDrafter) else None,
+        ensemble=call.config.assistant_ensemble_weight,
+        keep_scores=sink.scores is not None,
+        keep_logits=sink.logits is not None,
+    )
+    group = Group(rows, chooser, sink, twins=call.twins(rows), drafter=drafter)
+
+    def result(runner: Runner) -> Tensor | GenerateDecoderOnlyOutput:
+        return _output(call, rows, sink, runner) if call.detailed else sequences(call, rows)
+
+    return Setup(group, result, forks=False, in_step=True, keep_finished=False)
+
+
+def _drafter(
+    call: Call,
+    rows: list[Sequence],
+    columns: Columns,
+    room: Callable[[Sequence], int],
+    noise: GlobalNoise | SeededNoise | None,
+) -> Drafter:
+    """What drafts: the model's own first layers, the text so far, or the assistant, in transformers' precedence."""
+    config = call.config
+    if config.assistant_early_exit is not None:
+        early = call.backend.first_layers(int(config.assistant_early_exit))
+        return _model_drafter(call, Assistant(early, config), rows, room, noise)
+    if config.prompt_lookup_num_tokens is not None:
+        tokens, ngram = int(config.prompt_lookup_num_tokens), int(config.max_matching_ngram_size or 2)
+        drawn = isinstance(noise, GlobalNoise) and len(rows) == 1
+        allowed = _allowed(call, columns) if drawn and call.processors else None
+
+        def most(row: Sequence) -> int:
+            left = room(row) - 1
+            # transformers drafts past the end of a row too, and what it draws depends on it
+            return tokens if left > 0 and drawn and len(row.tokens) + tokens < call.backend.positions else left
+
+        return Lookup(tokens, ngram, most, call.limits.eos, allowed)
+    assert call.assistant is not None
+    return _model_drafter(call, call.assistant, rows, room, noise)
+
+
+def _model_drafter(
+    call: Call,
+    assistant: Assistant,
+    rows: list[Sequence],
+    room: Callable[[Sequence], int],
+    noise: GlobalNoise | SeededNoise | None,
+) -> ModelDrafter:
+    processors = call.processors
+    if isinstance(noise, GlobalNoise):  # transformers warps a draft's scores twice, and its draws depend on it
+        processors = warped_again(processors, call.config)
+    rules = draft_rules(call.config, assistant.config, call.limits.eos)
+    mirrors = call.rows()
+    chooser = RaggedChooser(
+        Columns(call.prompts.rectangle.to(assistant.backend.device), [len(row.tokens) for row in rows]),
+        processors or None,
+        noise,
+        keep_scores=True,
+    )
+    runner = assistant.backend.runner(mirrors, 1, call.steps, None, forks=False)
+    drawn = isinstance(noise, GlobalNoise) or call.config.assistant_ensemble_weight is not None
+    return ModelDrafter(
+        runner,
+        mirrors,
+        chooser,
+        rules,
+        room,
+        assistant.backend.device,
+        recompute_past=assistant.backend.recompute_past,
+        distributions=drawn,
+    )
+
+
+def draft_rules(config: GenerationConfig, assistant: GenerationConfig, eos: frozenset[int]) -> DraftRules:
+    """How much to draft: what the caller set, else what the assistant's own settings say, else the defaults."""
+
+    sources = config._sources or {}
+
+    def pick(name: str) -> Any:
+        own = getattr(assistant, name, None)
+        return own if own is not None and sources.get(name) not in ("call", "object") else getattr(config, name)
+
+    return DraftRules(
+        tokens=int(pick("num_assistant_tokens")),
+        schedule=str(pick("num_assistant_tokens_schedule")),
+        confidence=float(pick("assistant_confidence_threshold") or 0.0),
+        eos=eos,
+    )
+
+
+def _allowed(call: Call, columns: Columns) -> Callable[[Sequence, list[int]], int]:
+    """How many tokens of a draft the processors leave possible; transformers asks so, and its draws depend on it."""
+    vocab = call.backend.vocab
+
+    def allowed(row: Sequence, draft: list[int]) -> int:
+        for i, token in enumerate(draft):
+            row.draft = draft[:i]
+            scores = call.processors(columns.ids(row)[None], torch.ones(1, vocab, device=call.backend.device))
+            row.draft = []
+            value = float(scores[0, token])
+            if value == float("-inf") or value == torch.finfo(scores.dtype).min:
+                return i
+        return len(draft)
+
+    return allowed
+
+
+def _output(call: Call, rows: list[Sequence], sink: RaggedRecorder, runner: Runner) -> GenerateDecoderOnlyOutput:
+    made = sequences(call, rows)
+    drafted = [sum(len(part.tokens) for part in rounds) for rounds in sink.rounds]
+    accepted = [sum(part.accepted for part in rounds) for rounds in sink.rounds]
+    return GenerateDecoderOnlyOutput(
+        sequences=made,
+        scores=_by_step(sink.scores),
+        logits=_by_step(sink.logits),
+        past_key_values=call.backend.past(rows, runner, made.shape[1] - 1) if call.config.use_cache else None,
+        finish_reasons=[row.finish or "length" for row in rows],
+        acceptance_rate=sum(accepted) / max(1, sum(drafted)),
+        drafts=[list(rounds) for rounds in sink.rounds],
+    )
+
+
+def _by_step(kept: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
+    """Rows' records as one `[rows, vocab]` for each step; zeros past a row's end."""
+    if kept is None:
+        return None
+    steps = max(map(len, kept))
+    nothing = torch.zeros_like(next(part for row in kept for part in row))
+    return tuple(torch.stack([row[i] if i < len(row) else nothing for row in kept]) for i in range(steps))
