@@ -88,6 +88,9 @@ def test_help_imports_nothing_heavy() -> None:
         (["generate", PROMPT, "--set", "beam"], "NAME=JSON"),
         (["generate", PROMPT, "--set", "no_such_field=1"], "no_such_field"),
         (["generate", PROMPT, "--system", "Be kind"], "--chat"),
+        (["generate", PROMPT, "--regex", "a", "--json-schema", "{}"], "json_schema and regex are both set"),
+        (["generate", PROMPT, "--json-schema", "{nothing}"], "json_schema is not valid JSON"),
+        (["generate", PROMPT, "--grammar", "/no/such.lark"], "/no/such.lark"),
         (["generate", PROMPT, "--threads", "0"], "--threads"),
         (["tell"], "tell"),
     ],
@@ -110,6 +113,21 @@ def test_traceback_on_request() -> None:
     )
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_structured_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = {"type": "object", "properties": {"far": {"type": "boolean"}}, "required": ["far"]}
+    schema["additionalProperties"] = False
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "go.lark").write_text('start: "go" | "stay"')
+    base = ["generate", PROMPT, "--no-echo", "--seed", "1"]
+    for value in (json.dumps(schema), str(tmp_path / "schema.json")):
+        assert run([*base, "--json-schema", value]) == 0
+        assert isinstance(json.loads(capsys.readouterr().out)["far"], bool)
+    assert run([*base, "--regex", "(yes|no)"]) == 0
+    assert capsys.readouterr().out in ("yes\n", "no\n")
+    assert run([*base, "--grammar", str(tmp_path / "go.lark")]) == 0
+    assert capsys.readouterr().out in ("go\n", "stay\n")
 
 
 # info

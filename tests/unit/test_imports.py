@@ -59,6 +59,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "typer": {"cli"},
     "transformers": {"bridge"},
     "peft": {"bridge"},
+    "llguidance": {"logits"},
 }
 
 

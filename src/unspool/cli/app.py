@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unspool.cli.options import split, with_shared_options
+from unspool.cli.options import split, structure, with_shared_options
 
 __all__ = ["app"]
 
@@ -39,6 +39,11 @@ def _flag(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, metavar="", show_default=False, **more)
 
 
+def _structure(metavar: str, help: str) -> Any:
+    """An option that says what the text must be."""
+    return typer.Option(metavar=metavar, help=help, show_default=False, rich_help_panel="Structure")
+
+
 def _version(asked: bool) -> None:
     if asked:
         from unspool import __version__
@@ -63,6 +68,9 @@ def generate(
     model: Model = "storyteller",
     chat: Annotated[bool, _flag("--chat", help="Ask it as a question, by the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, with --chat.")] = None,
+    json_schema: Annotated[str | None, _structure("FILE_OR_JSON", "Write JSON that this schema describes.")] = None,
+    regex: Annotated[str | None, _structure("PATTERN", "Write text that matches this regular expression.")] = None,
+    grammar: Annotated[str | None, _structure("FILE", "Write text of this Lark grammar.")] = None,
     no_echo: Annotated[bool, _flag("--no-echo", help="Print only what follows the prompt.")] = False,
     no_stream: Annotated[bool, _flag("--no-stream", help="Print the text at the end, at once.")] = False,
     as_json: Annotated[bool, _flag("--json", help="Print one JSON object instead of text.")] = False,
@@ -75,7 +83,7 @@ def generate(
     """
     from unspool.cli.generate import Request, run
 
-    chosen, settings = split(model, options)
+    chosen, settings = split(model, {**options, **structure(json_schema, regex, grammar)})
     return partial(run, Request(prompt, chosen, settings, chat, system, not no_echo, not no_stream, as_json, quiet))
 
 

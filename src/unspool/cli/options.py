@@ -6,13 +6,14 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from unspool.cli.run import UsageError
+from unspool.cli.run import UsageError, describe
 
-__all__ = ["ModelOptions", "generation_settings", "split", "with_shared_options"]
+__all__ = ["ModelOptions", "generation_settings", "split", "structure", "with_shared_options"]
 
 
 class Shared(NamedTuple):
@@ -133,6 +134,29 @@ def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
         settings.setdefault("do_sample", True)
     _check(settings)
     return settings
+
+
+def structure(json_schema: str | None, regex: str | None, grammar: str | None) -> dict[str, str | None]:
+    """What the text must be, read from files where the options name files.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    inline = json_schema is not None and json_schema.lstrip().startswith("{")
+    return {
+        "json_schema": json_schema if inline else _content("--json-schema", json_schema),
+        "regex": regex,
+        "grammar": _content("--grammar", grammar),
+    }
+
+
+def _content(flag: str, path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag}: {describe(error)}") from error
 
 
 def _check(settings: dict[str, Any]) -> None:

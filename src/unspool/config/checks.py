@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from unspool.config.ranges import Check, check_number
+from unspool.config.structured import check_structured
 
 if TYPE_CHECKING:
     from unspool.config.fields import GenerationFields
@@ -286,6 +287,7 @@ def _check_types(settings: GenerationFields) -> None:
     schedule = settings.num_assistant_tokens_schedule
     if schedule is not None and schedule not in _SCHEDULES:
         raise ValueError(f"num_assistant_tokens_schedule must be one of {_SCHEDULES}, not {schedule!r}")
+    check_structured(settings)
 
 
 def _check_return_sequences(settings: GenerationFields) -> None:

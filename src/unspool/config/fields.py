@@ -126,6 +126,15 @@ class GenerationFields:
     watermarking_config: BaseWatermarkingConfig | None = None
     """Marks the text so that it can be recognised; a dict becomes the right class."""
 
+    # What the text must be (one of the three; they need `tokenizer=` in the call)
+
+    json_schema: dict[str, Any] | None = None
+    """JSON schema of the generated text; JSON text and pydantic models are taken too and become a dict."""
+    regex: str | None = None
+    """Regular expression that the whole generated text matches (Rust's syntax, without look-around)."""
+    grammar: str | None = None
+    """Grammar of the generated text, in llguidance's kind of Lark; its first rule is `start`."""
+
     # What a call returns
 
     num_return_sequences: int | None = None

@@ -17,6 +17,7 @@ from unspool.config.fields import FIELDS, METADATA, GenerationFields
 from unspool.config.files import GENERATION_CONFIG_NAME, find_file, plain, read_json, upload, write_atomically
 from unspool.config.mode import GenerationMode, mode_of
 from unspool.config.notice import warn_once
+from unspool.config.structured import plain_schema
 from unspool.config.watermark import BaseWatermarkingConfig, watermarking_config
 from unspool.types import FileName
 
@@ -447,6 +448,8 @@ def _normal(name: str, value: Any) -> Any:
         return make(values)
     if name not in _NAMES:
         return value
+    if name == "json_schema":
+        return plain_schema(value)
     if name == "sequence_bias" and isinstance(value, Mapping):
         return {_ids(key): bias for key, bias in value.items()}
     return value.tolist() if hasattr(value, "tolist") else value

@@ -69,7 +69,7 @@ class GenerationMixin:
                 generation config.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
-                `tokenizer` (for `stop_strings`).
+                `tokenizer` (for `stop_strings`, `json_schema`, `regex` and `grammar`).
 
         Returns:
             `[rows * num_return_sequences, columns]` int64 ids, prompts included, or a `GenerateDecoderOnlyOutput`
@@ -155,6 +155,7 @@ class GenerationMixin:
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             encoder_input_ids=reading.encoder_ids,
             padding_lengths=reading.padding,
+            tokenizer=arguments.tokenizer,
             vocab_size=source.vocab_size,
         )
         filler = beam_filler(config, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0

@@ -1,7 +1,8 @@
 """Everything that changes next-token scores before a token is chosen.
 
 `ops` holds the arithmetic as pure functions whose parameters are numbers or per-row columns; the processor classes,
-one file for each family, carry transformers' names and arguments; `pipeline` puts them in order for a config.
+one file for each family, carry transformers' names and arguments; `grammar` masks what breaks a schema or grammar;
+`pipeline` puts them in order for a config.
 Choosing a token from the scores is `decode/choose`; ending a row is `stopping`.
 """
 
@@ -23,6 +24,7 @@ from unspool.logits.forced import (
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+from unspool.logits.grammar import GrammarLogitsProcessor
 from unspool.logits.length import (
     ExponentialDecayLengthPenalty,
     MinLengthLogitsProcessor,
@@ -71,6 +73,7 @@ __all__ = [
     "ExponentialDecayLengthPenalty",
     "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
+    "GrammarLogitsProcessor",
     "HammingDiversityLogitsProcessor",
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from unspool.config.structured import STRUCTURES
 from unspool.errors import Unsupported
 from unspool.logits.base import LogitsProcessorList, ProcessorLike
 from unspool.logits.bias import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
@@ -21,6 +22,7 @@ from unspool.logits.forced import (
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+from unspool.logits.grammar import GrammarLogitsProcessor, compile_structure
 from unspool.logits.length import (
     ExponentialDecayLengthPenalty,
     MinLengthLogitsProcessor,
@@ -58,6 +60,7 @@ def build_processors(
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
     encoder_input_ids: Tensor | None = None,
     padding_lengths: Tensor | None = None,
+    tokenizer: Any = None,
     vocab_size: int | None = None,
 ) -> LogitsProcessorList:
     """The processors a config asks for, with a caller's own, in the order transformers applies them.
@@ -73,14 +76,16 @@ def build_processors(
         encoder_input_ids: encoder tokens `[inputs, length]` (the prompt, for decoder-only models).
         padding_lengths: left padding of each row, `[rows]`; the repetition penalty then skips these columns. None
             lets it see them, as transformers did up to 5.2.
-        vocab_size: of the model; needed for a watermark.
+        tokenizer: the model's; needed for `json_schema`, `regex` and `grammar` only.
+        vocab_size: of the model; needed for a watermark, and for a grammar where it is more than the tokenizer's.
 
     Returns:
-        Processors, then (when `do_sample`) warpers, then a watermark, then normalisation. Settings without effect add
-        nothing.
+        Processors, then the grammar mask, then (when `do_sample`) warpers, then a watermark, then normalisation.
+        Settings without effect add nothing.
 
     Raises:
-        ValueError: a setting is out of its range, or needs an eos id or a vocabulary size that is not there.
+        ValueError: a setting is out of its range, or needs an eos id, a tokenizer or a vocabulary size that is not
+            there; or a structure cannot be compiled (see `compile_structure`).
         Unsupported: guidance is asked for.
     """
     _refuse_unsupported(config)
@@ -93,6 +98,7 @@ def build_processors(
         configured.append(PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, rows))
     configured += _token_processors(config, prompt_length, eos, device)
     processors = _merge(configured, custom or ())
+    processors += _grammar_mask(config, prompt_length, eos, tokenizer, vocab_size)
     if config.do_sample:
         processors += _warpers(config, eos)
     if config.watermarking_config is not None:
@@ -203,6 +209,18 @@ def _token_processors(
         begin = prompt_length + int(forced)
         found.append(SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device))
     return found
+
+
+def _grammar_mask(
+    config: GenerationConfig, prompt_length: int, eos: Tensor | None, tokenizer: Any, vocab_size: int | None
+) -> list[ProcessorLike]:
+    """The mask of what the text must be: after all that raises scores, before what keeps the best of them."""
+    kind = next((name for name in STRUCTURES if getattr(config, name) is not None), None)
+    if kind is None:
+        return []
+    ends = [] if eos is None else eos.tolist()
+    grammar = compile_structure(kind, getattr(config, kind), tokenizer=tokenizer, eos=ends, vocab_size=vocab_size)
+    return [GrammarLogitsProcessor(grammar, prompt_length, config.num_beams or 1, config.num_beam_groups or 1)]
 
 
 def _warpers(config: GenerationConfig, eos: Tensor | None) -> list[ProcessorLike]:
