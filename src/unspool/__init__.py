@@ -22,10 +22,23 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "unspool.hub": ("AutoModelForCausalLM", "AutoTokenizer", "load"),
     "unspool.config": (
         "CompileConfig",
+        "ContinuousBatchingConfig",
         "GenerationConfig",
         "GenerationMode",
         "SynthIDTextWatermarkingConfig",
         "WatermarkingConfig",
+    ),
+    "unspool.continuous": (
+        "ContinuousBatchingManager",
+        "ContinuousMixin",
+        "FIFOScheduler",
+        "GenerationOutput",
+        "Metrics",
+        "PrefillFirstScheduler",
+        "RequestState",
+        "RequestStatus",
+        "Scheduler",
+        "register_scheduler",
     ),
     "unspool.generate": ("GenerationMixin",),
     "unspool.generate.outputs": (
@@ -114,8 +127,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "unspool.errors": (
         "CacheFull",
         "CheckpointError",
+        "ManagerStopped",
         "NonFiniteLogits",
         "OutOfMemory",
+        "QueueFull",
         "RequestFailed",
         "UnspoolError",
         "Unsupported",
@@ -156,6 +171,7 @@ if TYPE_CHECKING:
     )
     from unspool.config import (
         CompileConfig as CompileConfig,
+        ContinuousBatchingConfig as ContinuousBatchingConfig,
         GenerationConfig as GenerationConfig,
         GenerationMode as GenerationMode,
         SynthIDTextWatermarkingConfig as SynthIDTextWatermarkingConfig,
@@ -167,11 +183,25 @@ if TYPE_CHECKING:
         DisjunctiveConstraint as DisjunctiveConstraint,
         PhrasalConstraint as PhrasalConstraint,
     )
+    from unspool.continuous import (
+        ContinuousBatchingManager as ContinuousBatchingManager,
+        ContinuousMixin as ContinuousMixin,
+        FIFOScheduler as FIFOScheduler,
+        GenerationOutput as GenerationOutput,
+        Metrics as Metrics,
+        PrefillFirstScheduler as PrefillFirstScheduler,
+        RequestState as RequestState,
+        RequestStatus as RequestStatus,
+        Scheduler as Scheduler,
+        register_scheduler as register_scheduler,
+    )
     from unspool.errors import (
         CacheFull as CacheFull,
         CheckpointError as CheckpointError,
+        ManagerStopped as ManagerStopped,
         NonFiniteLogits as NonFiniteLogits,
         OutOfMemory as OutOfMemory,
+        QueueFull as QueueFull,
         RequestFailed as RequestFailed,
         UnspoolError as UnspoolError,
         Unsupported as Unsupported,

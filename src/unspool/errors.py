@@ -6,6 +6,8 @@ else can go wrong has a name here, so that one ``except UnspoolError`` catches a
     UnspoolError
     ├── CacheFull                            no block is left for another token
     ├── Unsupported (NotImplementedError)    a combination that this build, model or device cannot do
+    ├── ManagerStopped (RuntimeError)        a continuous batching manager that takes no requests any more
+    ├── QueueFull                            too much waits already
     ├── RequestFailed                        one request failed; the others go on
     │   └── NonFiniteLogits                  the model gave NaN or infinite scores for a row
     ├── CheckpointError (ValueError)         files on disk do not make the model they promise
@@ -19,8 +21,10 @@ from __future__ import annotations
 __all__ = [
     "CacheFull",
     "CheckpointError",
+    "ManagerStopped",
     "NonFiniteLogits",
     "OutOfMemory",
+    "QueueFull",
     "RequestFailed",
     "UnspoolError",
     "Unsupported",
@@ -37,6 +41,14 @@ class CacheFull(UnspoolError):
 
 class Unsupported(UnspoolError, NotImplementedError):
     """What was asked is meaningful, but this model, device or installation cannot do it."""
+
+
+class ManagerStopped(UnspoolError, RuntimeError):
+    """The continuous batching manager was stopped, or failed, or belongs to another process."""
+
+
+class QueueFull(UnspoolError):
+    """As much waits as the manager's `max_queue_size` or `max_queued_tokens` allow; try again later."""
 
 
 class RequestFailed(UnspoolError):

@@ -19,6 +19,7 @@ from unspool.errors import CheckpointError, Unsupported
 if TYPE_CHECKING:
     import torch
 
+    from unspool.continuous import ContinuousMixin
     from unspool.generate import GenerationMixin
     from unspool.models.base import Model
     from unspool.tokenization import Tokenizer
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     Dtype: TypeAlias = Literal["auto"] | str | torch.dtype
     Device: TypeAlias = str | torch.device
 
-    class CausalLM(GenerationMixin, Model):
+    class CausalLM(GenerationMixin, ContinuousMixin, Model):
         """What `load` returns, for type checkers: a native model that has `generate()`."""
 
         name_or_path: str
@@ -383,9 +384,10 @@ _composed: dict[tuple[type[Model], str], type[Model]] = {}
 
 def _with_generate(native: type[Model], name: str) -> type[Model]:
     """The native class with `generate()` in front; made once, so that two loads give the same type."""
+    from unspool.continuous import ContinuousMixin
     from unspool.generate import GenerationMixin
 
     if (native, name) not in _composed:
         members = {"__module__": native.__module__, "__doc__": native.__doc__}
-        _composed[native, name] = type(name, (GenerationMixin, native), members)
+        _composed[native, name] = type(name, (GenerationMixin, ContinuousMixin, native), members)
     return _composed[native, name]

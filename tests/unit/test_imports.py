@@ -55,7 +55,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tokenizers": {"tokenization"},
     "jinja2": {"tokenization"},
     "huggingface_hub": {"hub", "config", "tokenization"},
-    "rich": {"cli", "weights"},
+    "rich": {"cli", "continuous", "weights"},
     "typer": {"cli"},
     "transformers": {"bridge"},
     "peft": {"bridge"},

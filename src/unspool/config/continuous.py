@@ -28,6 +28,8 @@ _RANGES: dict[str, Check] = {
     "cpu_offload_space": Check(float, 0),
     "cpu_offload_space_safety_threshold": Check(float, 0, 1),
     "max_queue_size": Check(int, 0),
+    "max_queued_tokens": Check(int, 0),
+    "watchdog_timeout": Check(float, 0, open_low=True),
     "cpu_group_timeout": Check(float, 0, open_low=True),
 }
 
@@ -84,6 +86,10 @@ class ContinuousBatchingConfig:
     """Largest share of the host's memory for that."""
     max_queue_size: int = 0
     """Most waiting requests; 0 for no limit."""
+    max_queued_tokens: int = 0
+    """Most prompt tokens of waiting requests together; 0 for no limit."""
+    watchdog_timeout: float | None = 600.0
+    """Seconds a single step may take before its requests are told that it stalled; `None` waits for ever."""
     per_request_processors: bool = False
     """Accepted for compatibility: every request may always bring its own settings."""
     drop_unsupported_processors: bool = True

@@ -16,6 +16,7 @@ from unspool.logits.codec import (
     DiaEOSChannelFilterLogitsProcessor,
     DiaEOSDelayPatternLogitsProcessor,
 )
+from unspool.logits.columns import Column, as_columns, run_column
 from unspool.logits.constrained import PrefixConstrainedLogitsProcessor
 from unspool.logits.diversity import HammingDiversityLogitsProcessor
 from unspool.logits.forced import (
@@ -57,6 +58,7 @@ from unspool.logits.watermark import (
 from unspool.logits.whisper import WhisperNoSpeechDetection, WhisperTimeStampLogitsProcessor
 
 __all__ = [
+    "Column",
     "AlternatingCodebooksLogitsProcessor",
     "BarkEosPrioritizerLogitsProcessor",
     "BayesianDetectorConfig",
@@ -101,6 +103,8 @@ __all__ = [
     "WatermarkLogitsProcessor",
     "WhisperNoSpeechDetection",
     "WhisperTimeStampLogitsProcessor",
+    "as_columns",
     "build_processors",
+    "run_column",
     "warped_again",
 ]

@@ -1,0 +1,279 @@
+"""Requests in, steps, outputs out: everything of a manager that needs no thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Items
+from heapq import heappop, heappush
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+
+from unspool.cache.prefix import Node
+from unspool.continuous.metrics import Metrics, Tally
+from unspool.continuous.outbox import Outbox
+from unspool.continuous.plain import PlainRows
+from unspool.continuous.requests import RequestState, RequestStatus
+from unspool.continuous.room import Room
+from unspool.continuous.scheduler import Scheduler
+from unspool.decode.loop import Loop
+from unspool.decode.runner import Runner
+from unspool.decode.sequence import Group, Work
+from unspool.errors import CacheFull, RequestFailed
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger("unspool")
+
+# Steps that may feed nothing while requests wait: a request waits for another one's prefix no longer than that.
+_PATIENCE = 4
+
+_STATUS = {
+    "stop": RequestStatus.FINISHED,
+    "length": RequestStatus.FINISHED,
+    "deadline": RequestStatus.FINISHED,
+    "cancelled": RequestStatus.CANCELLED,
+}
+
+
+class Engine:
+    """Steps any number of requests, and answers every one of them once.
+
+    An error in what belongs to one request (a processor, a criterion, a streamer, a callback) ends that request. One
+    while computing ends the requests that were in the step; those that wait go on. One in the scheduler, which all
+    share, is raised.
+
+    Args:
+        runner: computes over the room's store.
+        device: where tokens are chosen.
+        scheduler: orders the requests.
+        plain: where greedy and sampled rows are decided.
+        outbox: where outputs go.
+        token_budget: most tokens fed in a step.
+
+    Attributes:
+        live: requests that are not answered yet.
+        remembers: keep in mind which blocks ended requests had, for `evict`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        device: torch.device,
+        scheduler: Scheduler,
+        plain: PlainRows,
+        outbox: Outbox,
+        *,
+        token_budget: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self.room: Room = scheduler.cache
+        self.plain = plain
+        self.outbox = outbox
+        self.token_budget = token_budget
+        self.tally = Tally()
+        self.live: dict[str, RequestState] = {}
+        self.remembers = False
+        self._loop = Loop(runner, self, device=device, in_step=True, failed=self._group_failed)
+        self._scheduled: list[RequestState] = []
+        self._idle = 0  # steps in a row that fed nothing
+        self._ended: dict[str, list[Node]] = {}
+        self._deadlines: list[tuple[float, int, RequestState]] = []
+        self._sent: dict[RequestState, int] = {}  # how many tokens those who follow a request have seen
+
+    def take_in(self, states: Items[RequestState]) -> None:
+        """Let requests wait for their turn."""
+        for state in states:
+            self.live[state.request_id] = state
+            wishes = state.wishes
+            if wishes.deadline is not None:
+                heappush(self._deadlines, (wishes.deadline, state.number, state))
+            if wishes.streaming or wishes.streamer is not None:
+                self._sent[state] = 0
+            if wishes.streamer is not None and not self._stream(state, [state.prompt_ids]):
+                self._close(state)
+                continue
+            self.scheduler.add_waiting_request(state)
+
+    def step(self) -> bool:
+        """Take one step; `False` when there is nothing to do.
+
+        Raises:
+            Exception: the scheduler failed; nothing can go on.
+        """
+        self._take_out()
+        if not self.scheduler.has_pending_requests():
+            return False
+        self._scheduled = []
+        try:
+            with torch.no_grad():
+                moved = self._loop.step()
+        except Exception as error:
+            if not self._scheduled:
+                raise
+            self._fail_step(error)
+            moved = True
+        self._look_after()
+        self._idle = 0 if moved else self._idle + 1
+        if self._idle > _PATIENCE and self.scheduler.has_pending_requests():
+            self._answer_stuck()
+        return True
+
+    def plan(self) -> list[Work]:
+        """See `decode.plan.Scheduler`: plain rows by place, then those that are decided together."""
+        self._scheduled = self.scheduler.schedule_batch(self.token_budget, self.room.capacity)
+        group = self.plain.group
+        single = [state.work[0] for state in self._scheduled if state.home.group is group]
+        single.sort(key=_place)
+        return single + [item for state in self._scheduled if state.home.group is not group for item in state.work]
+
+    def answer_all(self, reason: str, error: BaseException | None) -> None:
+        """End every request for one reason."""
+        for state in list(self.live.values()):
+            state.end(reason, error=error)
+            self._close(state)
+
+    def evict(self, request_id: str) -> None:
+        """Forget what is kept of a request that ended."""
+        self.room.index.forget(self._ended.pop(request_id, []))
+
+    def metrics(self) -> Metrics:
+        """The numbers now; from any thread, then a step may be under way."""
+        tally, room = self.tally, self.room
+        count = max(1, min(pool.count for pool in room.store.blocks))
+        return Metrics(
+            waiting=len(self.scheduler.waiting_requests),
+            running=len(self.scheduler.active_requests),
+            finished=dict(tally.finished),
+            steps=tally.steps,
+            tokens_fed=tally.tokens_fed,
+            tokens_made=tally.tokens_made,
+            tokens_per_second=tally.rate(),
+            time_to_first_token=tally.time_to_first_token,
+            time_per_token=tally.time_per_token,
+            cache_use=1 - room.share_available,
+            cache_kept=room.index.idle / count,
+            cached_tokens=room.hits,
+            preemptions=self.scheduler.preemptions,
+            last_token=None if tally.last_token is None else perf_counter() - tally.last_token,
+        )
+
+    def _take_out(self) -> None:
+        """End requests that were cancelled or whose time is over."""
+        for state in self.scheduler.clear_cancelled_requests():
+            state.end("cancelled")
+            self._close(state)
+        now = monotonic() if self._deadlines else 0.0
+        while self._deadlines and self._deadlines[0][0] <= now:
+            state = heappop(self._deadlines)[2]
+            if state.request_id in self.live:
+                state.end("deadline")
+                self._close(state)
+
+    def _look_after(self) -> None:
+        """After a step: index what is stored, tell those who follow, and close requests that ended."""
+        fed = made = 0
+        room, sent = self.room, self._sent
+        for state in self._scheduled:
+            for item in state.work:
+                fed += item.feed
+                made += item.keep
+            if state.error is None and (len(state.rows) == 1 or state.status is RequestStatus.PREFILLING):
+                room.advance(state.rows[0])
+            if state in sent and state.error is None:
+                self._tell(state)
+            if state.finish_reason is not None:
+                self._close(state)
+        self.tally.step(fed, made)
+
+    def _tell(self, state: RequestState) -> None:
+        """Give new tokens to those who follow a request."""
+        tokens = state.generated_tokens
+        begin = self._sent[state]
+        if len(tokens) == begin:
+            return
+        self._sent[state] = len(tokens)
+        wishes = state.wishes
+        if wishes.streamer is not None and not self._stream(state, tokens[begin:]):
+            return
+        if wishes.streaming and state.finish_reason is None:
+            self._deliver(state)
+
+    def _stream(self, state: RequestState, items: Items[Any]) -> bool:
+        """Put each of `items` (tokens, or a prompt) into a request's streamer; `False` when it raised."""
+        try:
+            for item in items:
+                state.wishes.streamer.put(torch.tensor([item]))
+        except Exception as error:
+            state.end("error", error=_blame(state, "its streamer", error))
+            return False
+        return True
+
+    def _deliver(self, state: RequestState) -> None:
+        try:
+            self.outbox.put(state.to_generation_output())
+        except Exception as error:
+            if state.finish_reason is None:
+                state.end("error", error=_blame(state, "its result handler", error))
+            else:
+                logger.exception("the result handler of request %r raised", state.request_id)
+
+    def _close(self, state: RequestState) -> None:
+        """Answer a request that ended, and let go of it; once."""
+        if self.live.pop(state.request_id, None) is None:
+            return
+        self.scheduler.finish_request(state.request_id, evict_from_cache=state.error is not None)
+        state.lifespan = (state.lifespan[0], perf_counter())
+        state.status = _STATUS.get(state.finish_reason or "error", RequestStatus.FAILED)
+        if self.remembers:
+            self._ended[state.request_id] = state.nodes
+        self._sent.pop(state, None)
+        if state.wishes.streamer is not None:
+            _end_stream(state)
+        self.tally.end(state)
+        self._deliver(state)
+
+    def _group_failed(self, group: Group, error: Exception) -> None:
+        """Everything decided in one group failed; see `decode.loop.Failed`."""
+        for state in self._scheduled:
+            if state.home.group is group:
+                state.end("error", error=_blame(state, "choosing its tokens", error))
+
+    def _fail_step(self, error: Exception) -> None:
+        """What was computed in a step is lost, and nobody knows whose fault it is."""
+        logger.error("a step of %d requests failed: %r", len(self._scheduled), error)
+        for state in self._scheduled:
+            state.end("error", error=_blame(state, "the step it was in", error))
+
+    def _answer_stuck(self) -> None:
+        """Nothing runs and nothing can start, which a scheduler's `fill` does not let happen; refuse what is next."""
+        states = [*self.scheduler.active_requests.values(), *self.scheduler.waiting_requests.values()]
+        state = states[0]
+        state.end("error", error=CacheFull(f"no room can be made for request {state.request_id!r}"))
+        self._close(state)
+
+
+def _place(item: Work) -> int:
+    return item.seq.row
+
+
+def _blame(state: RequestState, what: str, error: BaseException) -> RequestFailed:
+    if isinstance(error, RequestFailed):
+        return error
+    return RequestFailed(f"{what} failed: {error!r}", request_id=state.request_id, cause=error)
+
+
+def _end_stream(state: RequestState) -> None:
+    """Close a request's streamer; what it raises now concerns nobody else."""
+    streamer = state.wishes.streamer
+    try:
+        fail = getattr(streamer, "fail", None)
+        if state.error is not None and fail is not None:
+            fail(state.error)
+        else:
+            streamer.end()
+    except Exception as error:
+        state.end("error", error=_blame(state, "its streamer", error))
+        if state.finish_reason != "error":
+            logger.exception("the streamer of request %r raised at its end", state.request_id)

@@ -1,0 +1,456 @@
+"""`ContinuousBatchingManager`: requests come at any time, and each gets one result."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence as Items
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import count
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from unspool.config import ContinuousBatchingConfig, GenerationConfig
+from unspool.continuous.engine import Engine
+from unspool.continuous.metrics import Metrics
+from unspool.continuous.outbox import Outbox
+from unspool.continuous.plain import PlainRows
+from unspool.continuous.reading import Arguments, Reader, merged_config
+from unspool.continuous.requests import GenerationOutput, RequestState, RequestStatus, Usage, Wishes
+from unspool.continuous.room import Room
+from unspool.continuous.scheduler import scheduler_class
+from unspool.continuous.sizes import make_store, tokens_per_step
+from unspool.continuous.worker import Worker
+from unspool.decode.fault import find_fault
+from unspool.decode.runner import PagedRunner
+from unspool.decode.sequence import Sequence
+from unspool.models.base import Model
+
+__all__ = ["ContinuousBatchingManager", "RequestStream"]
+
+logger = logging.getLogger("unspool")
+
+_PLACES = 256  # most requests that run at a time, when nobody says
+
+
+class ContinuousBatchingManager:
+    """Generates for requests that come and go, together, each with settings of its own.
+
+        with model.init_continuous_batching() as manager:
+            request_id = manager.add_request(tokens, max_new_tokens=50)
+            print(manager.get_result(request_id).generated_tokens)
+
+    Every request that got an id gets one final `GenerationOutput`, whatever happens: `finish_reason` is `"stop"`,
+    `"length"`, `"cancelled"`, `"deadline"`, `"rejected"` or `"error"`. All methods may be called from any thread.
+
+    Without `start()` (or `with`), nothing runs by itself; call `step()` as often as you like.
+
+    Args:
+        model: a native model; see `unspool.load`. It is left as it is.
+        generation_config: settings of requests that bring none of their own; what it leaves open is the model's.
+        continuous_batching_config: sizes, limits and the scheduler.
+        tokenizer: for stop strings of requests.
+        manual_eviction: remember which blocks a request had, so that `evict_request_from_cache` can forget them.
+            What is stored of ended requests is kept as long as there is room in any case.
+        wanted: tokens of keys and values that are known to be enough, or `None`.
+
+    Raises:
+        ValueError, TypeError: a setting is wrong.
+        OutOfMemory: no room for keys and values.
+
+    Source: `ContinuousBatchingManager` of transformers v5.2.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        manual_eviction: bool = False,
+        wanted: int | None = None,
+    ) -> None:
+        config = continuous_batching_config or ContinuousBatchingConfig()
+        self.model = model
+        self.generation_config = merged_config(generation_config, model.generation_config)  # type: ignore[arg-type]
+        self.continuous_batching_config = config
+        self.manual_eviction = manual_eviction
+        self._tokenizer = tokenizer
+        self._reader = Reader(model, self.generation_config, seed=config.seed, return_logprobs=config.return_logprobs)
+        self._outbox = Outbox()
+        self._numbers = count()
+        self._ids = count()
+        self._lock = threading.Lock()
+        self._engine = _make_engine(model, config, self._outbox, wanted)
+        self._engine.remembers = manual_eviction
+        self._worker = Worker(
+            self._engine,
+            max_queue_size=config.max_queue_size,
+            max_queued_tokens=config.max_queued_tokens,
+            watchdog=config.watchdog_timeout,
+        )
+        # The thread knows the worker and not the manager, so a manager that nobody holds any more ends its thread.
+        self._finalizer = weakref.finalize(self, self._worker.abandon)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop(hard_stop=kind is not None)
+
+    def __iter__(self) -> Iterator[GenerationOutput]:
+        """Outputs as they come, until every request is answered and the thread has nothing more to give."""
+        while self._outbox.live or self.is_running():
+            output = self.get_result(timeout=None if self._outbox.live else 0.05)
+            if output is not None:
+                yield output
+            elif not self._outbox.live:
+                return
+        while (output := self._outbox.take()) is not None:
+            yield output
+
+    @property
+    def metrics(self) -> Metrics:
+        """What it has done, in numbers."""
+        return self._engine.metrics()
+
+    @property
+    def fatal_error(self) -> BaseException | None:
+        """Why it failed as a whole, or `None`."""
+        return self._worker.fatal
+
+    def start(self) -> None:
+        """Start the thread that generates; again after `stop`, if need be.
+
+        Raises:
+            ManagerStopped: the manager failed, or belongs to another process.
+        """
+        if self.is_running():
+            logger.warning("the manager's thread is running already")
+        self._worker.start()
+
+    def is_running(self) -> bool:
+        """Whether the thread is alive and well."""
+        return self._worker.is_running()
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """Take no further requests, and end the thread when those there are have been answered.
+
+        Args:
+            block: wait for that.
+            timeout: most seconds to wait; the thread goes on ending afterwards.
+            keep_for_next_session: accepted for compatibility: a stopped manager can always be started again.
+            hard_stop: answer all requests as cancelled, now, with the tokens they have.
+        """
+        self._worker.stop("abort" if hard_stop else "drain")
+        if block:
+            self.join(timeout)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the thread to end, for at most `timeout` seconds."""
+        if not self._worker.join(timeout):
+            logger.warning("the manager's thread has not ended within %s seconds", timeout)
+
+    def step(self) -> bool:
+        """Without a thread: take one step; `False` when there was nothing to do.
+
+        Raises:
+            RuntimeError: the thread takes the steps.
+        """
+        return self._worker.step()
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Hold generation between two steps while the returned context is open; requests may come meanwhile."""
+        return self._worker.pause()
+
+    def add_request(
+        self,
+        input_ids: Any,
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        *,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        logits_processor: Items[Any] | None = None,
+        stopping_criteria: Items[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: Hashable = None,
+        return_logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Queue a prompt. With `num_return_sequences=n` there are n outputs, the others under `id__child#0` and so on.
+
+        Args:
+            input_ids: token ids, a list or a tensor of one row.
+            request_id: its name; made up if not given.
+            max_new_tokens: most tokens to make; also any other field of `GenerationConfig` as a keyword.
+            streaming: give an output after every token, not only the last.
+            record_timestamps: note when each token was made.
+            generation_config: settings of this request; what it leaves open is the manager's.
+            logits_processor, stopping_criteria, prefix_allowed_tokens_fn: of your own, as in `generate()`. They see
+                this request alone, as one row; when one raises, this request fails.
+            streamer: gets the prompt, each token, and the end, in the generating thread.
+            tokenizer: for `stop_strings`; the manager's if not given.
+            priority: higher goes first, with a scheduler that looks at it.
+            deadline: seconds from now after which it ends with what it has.
+            cache_salt: only requests with an equal one share stored prefixes with it; name a tenant here.
+            return_logprobs: give the log-probability of each token.
+            top_logprobs: give those of so many likeliest tokens too.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            ValueError, TypeError: the request cannot be right, or can never fit; nothing was queued.
+            Unsupported: a mode that this version has in `generate()` only.
+            QueueFull: too much waits.
+            ManagerStopped: no request is taken any more.
+        """
+        self._worker.check_open()
+        arguments = Arguments(
+            generation_config=generation_config,
+            streaming=streaming,
+            record_timestamps=record_timestamps,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            streamer=streamer,
+            tokenizer=self._tokenizer if tokenizer is None else tokenizer,
+            priority=priority,
+            deadline=deadline,
+            cache_salt=cache_salt,
+            return_logprobs=return_logprobs,
+            top_logprobs=top_logprobs,
+        )
+        settings = kwargs if max_new_tokens is None else {"max_new_tokens": max_new_tokens, **kwargs}
+        with self._lock:  # numbers and seeds in the order of arrival
+            number = next(self._numbers)
+            prompt = self._reader.prompt(input_ids)
+            every = self._reader.wishes(prompt, number, arguments, settings)
+            name = f"req_{next(self._ids)}" if request_id is None else request_id
+        states = [self._state(name, i, number, prompt, wishes) for i, wishes in enumerate(every)]
+        self._check_fits(states[0])
+        self._submit(states)
+        return name
+
+    def add_requests(
+        self,
+        inputs: Items[Any],
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Queue many prompts with the same settings, and give their ids in order; see `add_request`.
+
+        One that cannot be right, or finds the queue full, gets a result at once, with `finish_reason="rejected"` and
+        the exception; the others are queued.
+
+        Raises:
+            ManagerStopped: no request is taken any more.
+        """
+        names = []
+        for prompt in inputs:
+            name = f"req_{next(self._ids)}"
+            try:
+                self.add_request(prompt, name, max_new_tokens, streaming, record_timestamps, **kwargs)
+            except Exception as error:
+                self._worker.check_open()
+                self._reject(name, prompt, error)
+            names.append(name)
+        return names
+
+    def cancel_request(self, request_id: str) -> bool:
+        """Cancel a request and its other outputs; they end with what they have, before the next step.
+
+        Returns:
+            Whether there was anything to cancel: `False` for a request that is over or unknown.
+        """
+        names = [name for name in self._outbox.names(request_id) if self._outbox.is_live(name)]
+        for name in names:
+            self._worker.cancel(name)
+        return bool(names)
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+        """The next output, of one request or of any; waits for it.
+
+        Args:
+            request_id: whose; `None` takes any that nobody follows with `request_id_iter`.
+            timeout: most seconds to wait.
+
+        Returns:
+            The output, or `None` when the time is over, or none can come any more (no thread runs).
+
+        Raises:
+            ValueError: `request_id` is unknown, or its last output was taken already.
+        """
+        if request_id is not None:
+            self._check_known(request_id)
+        return self._outbox.wait(request_id, timeout, self._worker.hopeless)
+
+    def request_id_iter(self, request_id: str) -> RequestStream:
+        """A request's outputs as they come, until its last; for `for` and for `async for`.
+
+        Cancelling the task that reads it cancels the request.
+
+        Raises:
+            ValueError: `request_id` is unknown, or its last output was taken already.
+        """
+        if not self._outbox.claim(request_id):
+            self._check_known(request_id)
+        return RequestStream(self, request_id)
+
+    def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], Any]) -> None:
+        """Give a request's outputs to `callback`, in the running event loop if there is one, else in the thread.
+
+        Raises:
+            ValueError: `request_id` is unknown, or its last output was taken already.
+        """
+        handler = callback
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            pass  # there is none: the generating thread calls it
+        else:
+
+            def handler(output: GenerationOutput) -> None:
+                loop.call_soon_threadsafe(callback, output)
+
+        if not self._outbox.handle(request_id, handler):
+            self._check_known(request_id)
+
+    def evict_request_from_cache(self, request_id: str) -> None:
+        """Forget what is stored of a request that ended, as far as nobody else uses it.
+
+        It does something with `manual_eviction` only: else room is made when it is needed.
+
+        Raises:
+            ValueError: the request is not over.
+        """
+        if self._outbox.is_live(request_id):
+            raise ValueError(f"request_id={request_id!r} is not over; cancel it first")
+        with self._worker.pause():
+            self._engine.evict(request_id)
+
+    def _state(self, name: str, sample: int, number: int, prompt: list[int], wishes: Wishes) -> RequestState:
+        own = name if sample == 0 else f"{name}__child#{sample - 1}"
+        return RequestState(own, number, prompt, wishes, self._engine.plain, [Sequence(0, list(prompt))])
+
+    def _check_fits(self, state: RequestState) -> None:
+        most, capacity = state.wishes.limits.max_columns, self._engine.room.capacity
+        if most > capacity:
+            raise ValueError(
+                f"input_ids has {len(state.prompt_ids)} tokens and the request may grow to {most}, but the cache holds "
+                f"{capacity}; lower max_new_tokens or raise num_blocks or max_memory_percent"
+            )
+
+    def _submit(self, states: list[RequestState]) -> None:
+        opened: list[str] = []
+        try:
+            for state in states:
+                if not self._outbox.open(state.request_id):
+                    raise ValueError(
+                        f"request_id={state.request_id!r} is in use: that request lives, or its result was not taken"
+                    )
+                opened.append(state.request_id)
+            self._worker.submit(states)
+        except BaseException:
+            for name in opened:
+                self._outbox.forget(name)
+            raise
+
+    def _reject(self, name: str, prompt: Any, error: Exception) -> None:
+        """Answer a request that was not queued."""
+        ids = list(prompt) if isinstance(prompt, list | tuple) else []
+        self._outbox.open(name)
+        self._outbox.put(
+            GenerationOutput(
+                name,
+                prompt_ids=ids,
+                error=str(error),
+                status=RequestStatus.FAILED,
+                finish_reason="rejected",
+                exception=error,
+                usage=Usage(len(ids)),
+            )
+        )
+
+    def _check_known(self, request_id: str) -> None:
+        if not self._outbox.knows(request_id):
+            raise ValueError(f"request_id={request_id!r} is unknown, or its last result was taken already")
+
+
+class RequestStream:
+    """The outputs of one request, as they come; see `ContinuousBatchingManager.request_id_iter`."""
+
+    def __init__(self, manager: ContinuousBatchingManager, request_id: str) -> None:
+        self._manager = manager
+        self._request_id = request_id
+        self._over = False
+
+    def __iter__(self) -> Iterator[GenerationOutput]:
+        return self
+
+    def __next__(self) -> GenerationOutput:
+        manager = self._manager
+        output = None if self._over else manager._outbox.wait(self._request_id, None, manager._worker.hopeless)
+        if output is None:
+            raise StopIteration
+        self._over = output.is_finished()
+        return output
+
+    def __aiter__(self) -> AsyncIterator[GenerationOutput]:
+        return self
+
+    async def __anext__(self) -> GenerationOutput:
+        manager = self._manager
+        output = None
+        if not self._over:
+            try:
+                output = await manager._outbox.wait_async(self._request_id, manager._worker.hopeless)
+            except BaseException:  # the reading task was cancelled
+                self._over = True
+                manager.cancel_request(self._request_id)
+                raise
+        if output is None:
+            raise StopAsyncIteration
+        self._over = output.is_finished()
+        return output
+
+
+def _make_engine(model: Model, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
+    places = config.max_requests_per_batch or _PLACES
+    kind = scheduler_class(config.scheduler_type)
+    store = make_store(model, config, places, wanted)
+    # Keys that depend on a row's whole length are not another row's.
+    room = Room(store, sharing=config.allow_block_sharing and not model.spec.needs_extents)
+    scheduler = kind(room, config.safety_margin, places, recompute_past=model.spec.recompute_past)
+    return Engine(
+        PagedRunner(model, store, model.device, forks=True),
+        model.device,
+        scheduler,
+        PlainRows(places, model.device, partial(find_fault, model)),
+        outbox,
+        token_budget=tokens_per_step(config, model.device),
+    )

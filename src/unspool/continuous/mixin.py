@@ -1,0 +1,190 @@
+"""`generate_batch` and its kin: the methods that a model gets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence as Items
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from unspool.config import ContinuousBatchingConfig, GenerationConfig, resolve
+from unspool.continuous.manager import ContinuousBatchingManager
+from unspool.continuous.reading import merged_config
+from unspool.continuous.requests import GenerationOutput
+from unspool.models.base import Model
+
+__all__ = ["ContinuousMixin"]
+
+
+class ContinuousMixin:
+    """Gives a native model its methods for continuous batching; see `unspool.load`.
+
+    Source: `ContinuousMixin` of transformers v5.2; arguments of later versions are taken too.
+    """
+
+    generation_config: GenerationConfig
+
+    def generate_batch(
+        self,
+        inputs: Items[Any],
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        num_q_padding_intervals: int = 0,
+        num_kv_padding_intervals: int = 0,
+        allow_block_sharing: bool = True,
+        record_timestamps: bool = False,
+        progress_bar: bool = True,
+        *,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, GenerationOutput]:
+        """Continue many prompts, as many at a time as there is room for, each until its own end.
+
+        Args:
+            inputs: prompts, a list of token ids each.
+            generation_config: settings of all of them; what it leaves open is the model's.
+            num_q_padding_intervals, num_kv_padding_intervals: accepted for compatibility; nothing is padded.
+            allow_block_sharing: share what is stored of equal beginnings.
+            record_timestamps: note when each token was made.
+            progress_bar: show progress, where stderr is a terminal.
+            continuous_batching_config: sizes, limits and the scheduler.
+            persistent_manager, warmup: accepted for compatibility; nothing is kept on the model or needs to be.
+            kwargs: fields of `GenerationConfig`, and arguments of `ContinuousBatchingManager.add_request`.
+
+        Returns:
+            An output for each prompt by its id, in order; with `num_return_sequences=n`, n of them side by side, the
+            others under `id__child#0` and so on. One that cannot be right or failed has `error`, `exception` and a
+            `finish_reason`; it does not disturb the others.
+
+        Raises:
+            ValueError, TypeError: the settings of all are wrong.
+            OutOfMemory: no room for keys and values.
+        """
+        if not inputs:
+            return {}
+        if isinstance(inputs[0], int):
+            raise TypeError("inputs must be a list of prompts, each a list of token ids; write [prompt] for one")
+        manager = self.init_continuous_batching(
+            generation_config,
+            allow_block_sharing=allow_block_sharing,
+            continuous_batching_config=continuous_batching_config,
+            wanted=self._wanted(inputs, generation_config, kwargs),
+        )
+        try:
+            names = manager.add_requests(inputs, record_timestamps=record_timestamps, **kwargs)
+            return _collect(manager, names, progress_bar)
+        finally:
+            manager.stop(hard_stop=True)
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        manual_eviction: bool = False,
+        max_queue_size: int = 0,
+        num_q_padding_intervals: int = 0,
+        num_kv_padding_intervals: int = 0,
+        allow_block_sharing: bool = True,
+        *,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        tokenizer: Any = None,
+        workload_hints: Any = None,
+        wanted: int | None = None,
+    ) -> ContinuousBatchingManager:
+        """A manager, which is not started yet.
+
+        Args:
+            generation_config: settings of requests that bring none of their own.
+            manual_eviction: see `ContinuousBatchingManager`.
+            max_queue_size: most waiting requests; 0 for no limit.
+            num_q_padding_intervals, num_kv_padding_intervals: accepted for compatibility; nothing is padded.
+            allow_block_sharing: share what is stored of equal beginnings.
+            continuous_batching_config: sizes, limits and the scheduler; the arguments before it are put on top.
+            tokenizer: for stop strings of requests.
+            workload_hints: accepted for compatibility.
+            wanted: tokens of keys and values that are known to be enough.
+
+        Raises:
+            ValueError, TypeError: a setting is wrong.
+            OutOfMemory: no room for keys and values.
+        """
+        assert isinstance(self, Model), "ContinuousMixin goes in front of a native model"
+        given = continuous_batching_config
+        if given is None and generation_config is not None:
+            given = getattr(generation_config, "continuous_batching_config", None)
+        values = {} if given is None else given.to_dict()
+        values["allow_block_sharing"] = allow_block_sharing and values.get("allow_block_sharing", True)
+        if max_queue_size:
+            values["max_queue_size"] = max_queue_size
+        return ContinuousBatchingManager(
+            self,
+            generation_config,
+            ContinuousBatchingConfig.from_dict(values),
+            tokenizer=tokenizer,
+            manual_eviction=manual_eviction,
+            wanted=wanted,
+        )
+
+    @contextmanager
+    def continuous_batching_context_manager(
+        self,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ContinuousBatchingManager]:
+        """A started manager, which is stopped at the end of the context.
+
+        Args:
+            generation_config: settings of requests that bring none of their own.
+            block, timeout: of the `stop` at the end.
+            kwargs: see `init_continuous_batching`; `persistent_manager` and `warmup` are accepted for compatibility.
+        """
+        for name in ("persistent_manager", "warmup"):
+            kwargs.pop(name, None)
+        manager = self.init_continuous_batching(generation_config, **kwargs)
+        manager.start()
+        try:
+            yield manager
+        finally:
+            manager.stop(block=block, timeout=timeout)
+
+    def _wanted(self, inputs: Items[Any], passed: Any, settings: Mapping[str, Any]) -> int | None:
+        """Tokens that the prompts can grow to, all together; `None` where that cannot be told."""
+        config = resolve(settings, merged_config(passed, self.generation_config)).config
+        if config.max_new_tokens is None and not all(hasattr(prompt, "__len__") for prompt in inputs):
+            return None
+        lengths = [len(prompt) for prompt in inputs if hasattr(prompt, "__len__")]
+        if config.max_new_tokens is not None:
+            total = sum(lengths) + len(lengths) * config.max_new_tokens
+        else:
+            total = sum(max(length + 20, config.max_length or 0) for length in lengths)
+        return total * int(config.num_return_sequences or 1)
+
+
+def _collect(manager: ContinuousBatchingManager, names: list[str], progress_bar: bool) -> dict[str, GenerationOutput]:
+    """Step until everything is answered, and give the answers in order."""
+    answers: dict[str, list[GenerationOutput]] = {name: [] for name in names}
+    with _progress(len(names)) if progress_bar and sys.stderr.isatty() else nullcontext(lambda: None) as advance:
+        more = True
+        while more:
+            more = manager.step()
+            while (output := manager.get_result(timeout=0)) is not None:
+                answers[output.request_id.partition("__child#")[0]].append(output)
+                advance()
+    return {
+        output.request_id: output
+        for name in names
+        for output in sorted(answers[name], key=lambda one: (len(one.request_id), one.request_id))
+    }
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, and what moves it by one."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("generating", total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,265 @@
+"""Rows that are decided one by one, of any number of requests: one group whose rows come and go.
+
+Rows whose settings are of the same kind are processed together, with each row's own numbers in columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence as Items
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+import torch
+from torch import Tensor
+
+from unspool.continuous.history import History
+from unspool.continuous.requests import RequestState
+from unspool.decode.choose.sample import key
+from unspool.decode.sequence import Choice, Group, Sequence
+from unspool.errors import NonFiniteLogits, RequestFailed
+from unspool.logits import run_column
+
+__all__ = ["PlainRows"]
+
+
+@dataclass(slots=True)
+class PlainChoice(Choice):
+    """Attributes:
+    told: per row, the chosen token's log-probability and those of the likeliest; `None` where not asked for.
+    failed: per row whose own processor raised, its error.
+    """
+
+    told: list[tuple[float, dict[int, float]] | None] | None = None
+    failed: dict[int, Exception] | None = None
+
+
+@dataclass(slots=True)
+class Kin:
+    """Rows of a step that are processed together.
+
+    Attributes:
+        places: among the step's rows.
+        index: the same as a tensor; `None` when it is all of them.
+        states: whose rows they are.
+    """
+
+    places: list[int]
+    index: Tensor | None
+    states: list[RequestState]
+
+
+class PlainRows:
+    """Chooser, sink and home of greedy and sampled rows; see `decode.sequence` and `requests.Home`.
+
+    Args:
+        places: most rows at a time.
+        device: where tokens are chosen.
+        find_fault: names the first layer whose output is not finite for a row, for the error message.
+    """
+
+    def __init__(self, places: int, device: torch.device, find_fault: Callable[[Sequence], str]) -> None:
+        self.group = Group([], self, self)
+        self.states: list[RequestState | None] = [None] * places
+        self._free = list(range(places))
+        heapify(self._free)
+        self._device = device
+        self._find_fault = find_fault
+        self._history = History(places, device)
+        self._generator = torch.Generator(device=device)
+        self._arranged: list[RequestState | None] = []
+        self._kin: list[Kin] = []
+
+    def enter(self, state: RequestState) -> None:
+        """See `Home`."""
+        row = state.rows[0]
+        row.row = heappop(self._free)
+        self.states[row.row] = state
+        if state.wishes.reads_ids:
+            self._history.write(row.row, row.tokens)
+
+    def leave(self, state: RequestState) -> None:
+        """See `Home`."""
+        place = state.rows[0].row
+        assert self.states[place] is state
+        self.states[place] = None
+        self._arranged = []
+        heappush(self._free, place)
+
+    def choose(self, logits: Tensor, rows: Items[Sequence]) -> PlainChoice:
+        """See `Chooser`."""
+        scores = logits.float()
+        states = [self.states[row.row] for row in rows]
+        if states != self._arranged:
+            self._arrange(states)
+        if len(self._kin) == 1 and self._kin[0].index is None:
+            tokens, told, failed = self._decide(self._kin[0], scores)
+            return PlainChoice(tokens, told=told, failed=failed)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
+        every: list[tuple[float, dict[int, float]] | None] = [None] * len(rows)
+        failures: dict[int, Exception] = {}
+        for kin in self._kin:
+            assert kin.index is not None
+            tokens[kin.index], told, failed = self._decide(kin, scores[kin.index])
+            for place, one in zip(kin.places, told or (), strict=False):
+                every[place] = one
+            failures |= failed
+        return PlainChoice(tokens, told=every, failed=failures)
+
+    def _arrange(self, states: list[RequestState | None]) -> None:
+        """Put rows together that run the same steps."""
+        together: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for place, state in enumerate(states):
+            assert state is not None
+            wishes = state.wishes
+            kinds: Hashable = (
+                id(state) if wishes.columns is None else tuple((step.kind, step.static) for step in wishes.columns)
+            )
+            together[kinds, bool(wishes.config.do_sample), wishes.top_logprobs is None].append(place)
+        self._kin = [
+            Kin(
+                places,
+                torch.tensor(places, device=self._device) if len(together) > 1 else None,
+                [state for place in places if (state := states[place]) is not None],
+            )
+            for places in together.values()
+        ]
+        self._arranged = states
+
+    def _decide(
+        self, kin: Kin, scores: Tensor
+    ) -> tuple[Tensor, list[tuple[float, dict[int, float]] | None] | None, dict[int, Exception]]:
+        """Tokens of rows that are processed alike, -1 where there is none to choose."""
+        first = kin.states[0].wishes
+        try:
+            scores = self._process(kin.states, scores)
+        except Exception as error:
+            if first.columns is not None:
+                raise  # not the request's own code
+            return torch.full((1,), -1, device=scores.device), None, {kin.places[0]: error}
+        if first.config.do_sample:
+            ratio = scores.softmax(dim=-1).div_(self._noise(kin.states, scores.shape[1]))
+            tokens = ratio.argmax(dim=-1)
+            value = ratio.gather(1, tokens[:, None])[:, 0]
+            fine = value.isfinite() & (value > 0)
+        else:
+            tokens = scores.argmax(dim=-1)
+            fine = ~scores.gather(1, tokens[:, None])[:, 0].isnan()
+        told = None if first.top_logprobs is None else _tell(kin.states, scores, tokens)
+        return tokens.where(fine, -1), told, {}
+
+    def _process(self, states: list[RequestState], scores: Tensor) -> Tensor:
+        first = states[0].wishes
+        if first.columns is None:
+            row = states[0].rows[0]
+            return first.processors(self._history.line(row.row, len(row.tokens)), scores)
+        if not first.columns:
+            return scores
+        widths = [len(state.rows[0].tokens) for state in states]
+        ids = None
+        if any(step.reads_ids for step in first.columns):
+            ids = self._history.rectangle([state.rows[0].row for state in states], widths, scores.shape[1])
+        columns = zip(*(state.wishes.columns or () for state in states), strict=True)
+        for column in columns:
+            step = column[0]
+            scores = run_column(step.kind, step.static, [one.value for one in column], scores, widths, ids)
+        return scores
+
+    def _noise(self, states: list[RequestState], vocab: int) -> Tensor:
+        """Exponential noise `[rows, vocab]`, keyed by seed, sample and position, as `SeededNoise` draws it."""
+        noise = torch.empty(len(states), vocab, device=self._device)
+        for state, out in zip(states, noise, strict=True):
+            wishes = state.wishes
+            self._generator.manual_seed(key(wishes.seed, wishes.sample, state.rows[0].known))
+            out.exponential_(1, generator=self._generator)
+        return noise
+
+    def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
+        """See `Sink`. A row that has no token to choose, or whose criterion raises, fails alone."""
+        assert isinstance(choice, PlainChoice)
+        now = time.perf_counter()
+        places: list[int] = []
+        read: list[RequestState] = []
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            state = self.states[row.row]
+            assert state is not None
+            if token < 0:
+                self._fail(state, row, (choice.failed or {}).get(i))
+                continue
+            row.tokens.append(token)
+            wishes = state.wishes
+            limits = wishes.limits
+            if state.first_token is None:
+                state.first_token = now
+            if wishes.record_timestamps:
+                state.timestamps.append(now)
+            if token in limits.eos:
+                row.finish = "stop"
+                state.end("stop", stop=token)
+            elif len(row.tokens) >= limits.max_columns:
+                row.finish = "length"
+            if choice.told is not None and (told := choice.told[i]) is not None:
+                state.logprobs.append(told[0])
+                state.top_logprobs.append(told[1])
+            if wishes.reads_ids:
+                places.append(row.row)
+                read.append(state)
+            elif row.finish == "length":
+                state.end("length")
+        if read:
+            self._ask(places, read)
+
+    def _ask(self, places: list[int], states: list[RequestState]) -> None:
+        """Let rows see their tokens, and their criteria what they say to them."""
+        rows = [state.rows[0] for state in states]
+        self._history.append(places, [len(row.tokens) - 1 for row in rows], [row.tokens[-1] for row in rows])
+        for state, row in zip(states, rows, strict=True):
+            if state.finish_reason is None:
+                self._ask_criteria(state, row)
+            if row.finish == "length":
+                state.end("length")
+
+    def _ask_criteria(self, state: RequestState, row: Sequence) -> None:
+        criteria = state.wishes.limits.criteria
+        if not criteria:
+            return
+        ids = self._history.line(row.row, len(row.tokens))
+        for criterion in criteria:
+            try:
+                done = bool(torch.as_tensor(criterion(ids, None)).any())
+            except Exception as error:
+                name = type(criterion).__name__
+                cause = RequestFailed(
+                    f"its criterion {name} raised {error!r}", request_id=state.request_id, cause=error
+                )
+                state.end("error", error=cause)
+                return
+            if done:
+                row.finish = "stop"
+                matched = getattr(criterion, "matched", None)
+                state.end("stop", stop=matched[0] if matched else type(criterion).__name__)
+                return
+
+    def _fail(self, state: RequestState, row: Sequence, error: Exception | None) -> None:
+        if error is not None:
+            text = f"a logits processor of its own raised {error!r}"
+            state.end("error", error=RequestFailed(text, request_id=state.request_id, cause=error))
+            return
+        text = f"no token can be chosen at position {len(row.tokens)}; {self._find_fault(row)}"
+        state.end("error", error=NonFiniteLogits(text, request_id=state.request_id))
+
+
+def _tell(states: list[RequestState], scores: Tensor, tokens: Tensor) -> list[tuple[float, dict[int, float]] | None]:
+    """The log-probabilities that rows asked for."""
+    logprobs = scores.log_softmax(dim=-1)
+    chosen: list[float] = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    most = min(max(state.wishes.top_logprobs or 0 for state in states), logprobs.shape[1])
+    if not most:
+        return [(value, {}) for value in chosen]
+    values, ids = logprobs.topk(most)
+    told: list[tuple[float, dict[int, float]] | None] = []
+    for state, value, best, names in zip(states, chosen, values.tolist(), ids.tolist(), strict=True):
+        count = state.wishes.top_logprobs or 0
+        told.append((value, dict(zip(names[:count], best[:count], strict=True))))
+    return told

@@ -1,0 +1,258 @@
+"""What a request is while it lives, and what is told of it: its status, its output, why it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol
+
+from unspool.cache.prefix import Node
+from unspool.config import GenerationConfig
+from unspool.decode.sequence import Group, Sequence, Work
+from unspool.logits import Column, LogitsProcessorList
+from unspool.stopping import Limits
+
+__all__ = ["GenerationOutput", "RequestState", "RequestStatus", "Timings", "Usage"]
+
+
+class RequestStatus(IntEnum):
+    """Where a request is in its life; from `FINISHED` on it is over."""
+
+    PENDING = 0
+    """It waits."""
+    PREFILLING = 1
+    """Its prompt is being computed."""
+    DECODING = 2
+    """It makes tokens."""
+    FINISHED = 3
+    """It ended as asked: an end token, a stop, its length or its deadline."""
+    FAILED = 4
+    """It was refused, or an error ended it."""
+    CANCELLED = 5
+    """Somebody cancelled it."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a request took.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        completion_tokens: tokens it made.
+        cached_tokens: prompt tokens that were found stored when it first began.
+        preemptions: how often it was put back to make room.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds since the request was made; `None` where it has not come to that.
+
+    Attributes:
+        queued: until its prompt began.
+        first_token: until its first token.
+        total: until it ended.
+    """
+
+    queued: float | None = None
+    first_token: float | None = None
+    total: float | None = None
+
+
+@dataclass
+class GenerationOutput:
+    """The result of a request, or with `streaming` its state after a step.
+
+    Attributes:
+        request_id: whose it is.
+        prompt_ids: the prompt.
+        generated_tokens: tokens made so far, the end token included.
+        logprobs: log-probability of each, of the distribution it was chosen from, where asked for.
+        error: what went wrong, in a sentence, or `None`.
+        status: where the request is in its life.
+        created_time: when it was made (`time.perf_counter`).
+        lifespan: when it began and ended, -1 where it has not.
+        timestamps: when each token was made, with `record_timestamps`.
+        finish_reason: `"stop"`, `"length"`, `"cancelled"`, `"deadline"`, `"rejected"`, `"error"`, or `None` while it
+            lives.
+        stop: what stopped it: the end token's id, the stop string, or the name of the criterion.
+        exception: the error itself.
+        top_logprobs: per token, the most likely ids and their log-probabilities, where asked for.
+        score: a beam's score.
+        usage: what it took.
+        timings: how long it took.
+    """
+
+    request_id: str
+    prompt_ids: list[int] = field(default_factory=list)
+    generated_tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    error: str | None = None
+    status: RequestStatus = RequestStatus.PENDING
+    created_time: float = field(default_factory=time.perf_counter)
+    lifespan: tuple[float, float] = (-1, -1)
+    timestamps: list[float] | None = None
+    finish_reason: str | None = None
+    stop: int | str | None = None
+    exception: BaseException | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+    score: float | None = None
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+
+    def is_finished(self) -> bool:
+        """Whether the request is over, in whatever way."""
+        return self.status >= RequestStatus.FINISHED
+
+
+class Home(Protocol):
+    """Where a request's rows are decided: the group they join when they begin, and leave when they are put back."""
+
+    group: Group
+
+    def enter(self, state: RequestState) -> None:
+        """The request begins (again)."""
+        ...
+
+    def leave(self, state: RequestState) -> None:
+        """The request ended, or was put back."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Wishes:
+    """What a request asks for, settled and checked; see `ContinuousBatchingManager.add_request`.
+
+    Attributes:
+        config: resolved settings.
+        limits: when its rows end.
+        processors: logits processors in order.
+        columns: the same as steps that rows of several requests share, or `None` where some cannot.
+        seed: of its random numbers.
+        sample: its number among the outputs of one request.
+        key: what keys and values depend on besides the tokens, and who may share them.
+        deadline: `time.monotonic()` at which it ends, or `None`.
+        top_logprobs: how many log-probabilities to give beside the chosen one's; `None` for no log-probabilities.
+    """
+
+    config: GenerationConfig
+    limits: Limits
+    processors: LogitsProcessorList
+    columns: tuple[Column, ...] | None
+    seed: int
+    sample: int = 0
+    key: Hashable = None
+    priority: int = 0
+    deadline: float | None = None
+    streaming: bool = False
+    record_timestamps: bool = False
+    streamer: Any = None
+    top_logprobs: int | None = None
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether somebody must see the tokens as a tensor."""
+        steps = self.columns
+        return bool(self.limits.criteria) or steps is None or any(step.reads_ids for step in steps)
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request, from its arrival to its end.
+
+    Attributes:
+        request_id: its name.
+        number: place in the order of arrival.
+        prompt_ids: the prompt.
+        wishes: what it asks for.
+        home: where its rows are decided.
+        rows: its rows; one, or one for each beam. Their tokens are the prompt and what was made.
+        status: where it is in its life. Owner: the scheduler while it lives.
+        work: what of it the next step feeds. Owner: the scheduler.
+        finish_reason, stop, error: how it ended. Owner: `end`.
+    """
+
+    request_id: str
+    number: int
+    prompt_ids: list[int]
+    wishes: Wishes
+    home: Home
+    rows: list[Sequence]
+    status: RequestStatus = RequestStatus.PENDING
+    work: list[Work] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop: int | str | None = None
+    error: BaseException | None = None
+    created_time: float = field(default_factory=time.perf_counter)
+    lifespan: tuple[float, float] = (-1, -1)
+    first_token: float | None = None
+    timestamps: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    score: float | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+    started_over: bool = False
+    nodes: list[Node] = field(default_factory=list)
+    """What is kept of it in the prefix index since it ended."""
+    made: list[int] | None = None
+    """The output, where it is not the first row's."""
+
+    @property
+    def priority(self) -> int:
+        """Higher goes first, where the scheduler looks at it."""
+        return self.wishes.priority
+
+    @property
+    def generated_tokens(self) -> list[int]:
+        """Tokens made so far."""
+        return self.rows[0].tokens[len(self.prompt_ids) :] if self.made is None else self.made
+
+    def current_len(self) -> int:
+        """Tokens whose keys and values are stored, of all rows."""
+        return sum(row.computed for row in self.rows)
+
+    def end(self, reason: str, *, stop: int | str | None = None, error: BaseException | None = None) -> None:
+        """Note how the request ended; the first reason counts."""
+        if self.finish_reason is None:
+            self.finish_reason, self.stop, self.error = reason, stop, error
+
+    def to_generation_output(self) -> GenerationOutput:
+        """What is to be told of it now, in copies."""
+        tokens = list(self.generated_tokens)
+        begin, over = self.lifespan
+        wishes = self.wishes
+        return GenerationOutput(
+            request_id=self.request_id,
+            prompt_ids=list(self.prompt_ids),
+            generated_tokens=tokens,
+            logprobs=list(self.logprobs),
+            error=None if self.error is None else str(self.error) or type(self.error).__name__,
+            status=self.status,
+            created_time=self.created_time,
+            lifespan=self.lifespan,
+            timestamps=list(self.timestamps) if wishes.record_timestamps else None,
+            finish_reason=self.finish_reason,
+            stop=self.stop,
+            exception=self.error,
+            top_logprobs=list(self.top_logprobs) if wishes.top_logprobs else None,
+            score=self.score,
+            usage=Usage(len(self.prompt_ids), len(tokens), self.cached_tokens, self.preemptions),
+            timings=Timings(
+                begin - self.created_time if begin >= 0 else None,
+                None if self.first_token is None else self.first_token - self.created_time,
+                over - self.created_time if over >= 0 else None,
+            ),
+        )

@@ -1,0 +1,785 @@
+"""The manager: one result for every request, whatever happens; threads, coroutines, limits and mistakes."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unspool
+from unspool import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GenerationOutput,
+    LogitsProcessor,
+    ManagerStopped,
+    NonFiniteLogits,
+    QueueFull,
+    RequestState,
+    RequestStatus,
+    Scheduler,
+    StoppingCriteria,
+    register_scheduler,
+)
+
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13] * 12, [14]]
+SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir: Path) -> Any:
+    loaded = unspool.load(tiny_llama_dir, dtype="float32", device="cpu")[0]
+    loaded.generation_config.eos_token_id = None  # so that texts are as long as they are asked for
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any) -> list[list[int]]:
+    return [model.generate(torch.tensor([p]), **SETTINGS)[0, len(p) :].tolist() for p in PROMPTS]
+
+
+def make(model: Any, settings: dict[str, Any] | None = None, **config: Any) -> Any:
+    config = {"num_blocks": 40, "page_size": 16} | config
+    settings = SETTINGS if settings is None else settings
+    return model.init_continuous_batching(settings, continuous_batching_config=ContinuousBatchingConfig(**config))
+
+
+def finish(manager: Any) -> None:
+    while manager.step():
+        pass
+
+
+def assert_nothing_is_left(manager: Any) -> None:
+    room = manager._engine.room
+    assert all(pool.free + len(room.index) == pool.count for pool in room.store.blocks)
+    assert room.index.idle == len(room.index)
+    assert not manager._engine.live and not manager._engine._sent and not room._trails and not room._promises
+    assert manager.metrics.running == manager.metrics.waiting == 0
+    assert len(manager._engine.plain._free) == len(manager._engine.plain.states)
+
+
+class Breaks(LogitsProcessor):
+    """Raises when a row has so many tokens."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] >= self.at:
+            raise ZeroDivisionError("broken on purpose")
+        return scores
+
+
+class BreaksToo(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        raise ZeroDivisionError("broken on purpose")
+
+
+class Nothing(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, float("nan"))
+
+
+class Listener:
+    """A streamer that keeps what it hears, and can break at any call."""
+
+    def __init__(self, breaks_at: int = -1) -> None:
+        self.heard: list[Any] = []
+        self.breaks_at = breaks_at
+
+    def _hear(self, what: Any) -> None:
+        if len(self.heard) == self.breaks_at:
+            raise ZeroDivisionError("broken on purpose")
+        self.heard.append(what)
+
+    def put(self, value: torch.Tensor) -> None:
+        self._hear(value.tolist())
+
+    def end(self) -> None:
+        self._hear("end")
+
+
+# Results
+
+
+def test_results_in_threads_and_in_order(model: Any, expected: list[list[int]]) -> None:
+    with make(model) as manager:
+        names = manager.add_requests(PROMPTS, record_timestamps=True)
+        outputs = {name: manager.get_result(name, timeout=30) for name in reversed(names)}
+        assert manager.is_running()
+    assert not manager.is_running()
+    for name, prompt, tokens in zip(names, PROMPTS, expected, strict=True):
+        output = outputs[name]
+        assert output.request_id == name
+        assert output.prompt_ids == prompt
+        assert output.generated_tokens == tokens
+        assert output.is_finished() and output.status is RequestStatus.FINISHED
+        assert output.finish_reason == "length"
+        assert output.error is None and output.exception is None
+        assert output.usage.prompt_tokens == len(prompt) and output.usage.completion_tokens == 8
+        assert output.timestamps is not None and len(output.timestamps) == 8
+        assert output.timestamps == sorted(output.timestamps)
+        times = output.timings
+        assert times.queued is not None and times.first_token is not None and times.total is not None
+        assert 0 <= times.queued <= times.first_token <= times.total
+        assert output.created_time <= output.lifespan[0] <= output.lifespan[1]
+    assert_nothing_is_left(manager)
+
+
+def test_iterating_over_all_of_them(model: Any, expected: list[list[int]]) -> None:
+    with make(model) as manager:
+        names = manager.add_requests(PROMPTS)
+        got = {}
+        for output in manager:
+            got[output.request_id] = output.generated_tokens
+            if len(got) == len(names):
+                break
+    assert got == dict(zip(names, expected, strict=True))
+    assert list(manager) == []
+
+
+def test_streaming_gives_every_token_once(model: Any, expected: list[list[int]]) -> None:
+    with make(model) as manager:
+        name = manager.add_request(PROMPTS[0], streaming=True)
+        outputs = list(manager.request_id_iter(name))
+    assert [one.generated_tokens for one in outputs] == [expected[0][: i + 1] for i in range(7)] + [expected[0]]
+    assert [one.is_finished() for one in outputs] == [False] * 7 + [True]
+    assert outputs[0].status is RequestStatus.DECODING
+
+
+def test_why_a_request_stopped(model: Any, expected: list[list[int]]) -> None:
+    manager = make(model)
+    first = manager.add_request(PROMPTS[0], eos_token_id=[expected[0][3], 9999])
+    second = manager.add_request(PROMPTS[1], stopping_criteria=[lambda ids, scores, **kw: ids.shape[1] == 5])
+    finish(manager)
+    output = manager.get_result(first)
+    end = expected[0].index(expected[0][3])
+    assert (output.finish_reason, output.stop) == ("stop", expected[0][3])
+    assert output.generated_tokens == expected[0][: end + 1]
+    output = manager.get_result(second)
+    assert (output.finish_reason, output.stop, len(output.generated_tokens)) == ("stop", "function", 3)
+
+
+def test_log_probabilities(model: Any, expected: list[list[int]]) -> None:
+    outputs = model.generate_batch(PROMPTS, **SETTINGS, return_logprobs=True, top_logprobs=3)
+    for prompt, output in zip(PROMPTS, outputs.values(), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + output.generated_tokens])).logits[0, len(prompt) - 1 : -1]
+        right = logits.log_softmax(-1)
+        assert output.logprobs == pytest.approx(
+            [float(r[t]) for r, t in zip(right, output.generated_tokens, strict=True)], abs=1e-4
+        )
+        for row, told, token in zip(right, output.top_logprobs, output.generated_tokens, strict=True):
+            assert list(told) == row.topk(3)[1].tolist()
+            assert next(iter(told)) == token
+    sampled = {"do_sample": True, "seed": 1, "temperature": 0.5, "top_k": 2, "max_new_tokens": 6}
+    (output,) = model.generate_batch(PROMPTS[:1], **(SETTINGS | sampled), return_logprobs=True).values()
+    assert all(-0.7 < value <= 0 or value < 0 for value in output.logprobs)
+    assert sum(value > -0.6932 for value in output.logprobs) > 0, "of two tokens, one has at least a half"
+    assert output.top_logprobs is None or output.top_logprobs == [{}] * 6
+
+
+def test_unseeded_requests_follow_the_global_seed(model: Any) -> None:
+    settings = SETTINGS | {"do_sample": True}
+
+    def run(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return [one.generated_tokens for one in model.generate_batch(PROMPTS * 2, **settings).values()]
+
+    assert run(1) == run(1) != run(2)
+    assert run(1)[0] != run(1)[4], "equal prompts get numbers of their own"
+    config = ContinuousBatchingConfig(seed=7)
+    first, second = (
+        [
+            o.generated_tokens
+            for o in model.generate_batch(PROMPTS, **settings, continuous_batching_config=config).values()
+        ]
+        for _ in range(2)
+    )
+    assert first == second
+
+
+# asyncio
+
+
+def test_async_for_and_handlers(model: Any, expected: list[list[int]]) -> None:
+    async def main() -> None:
+        with make(model) as manager:
+
+            async def read(prompt: list[int]) -> list[int]:
+                tokens: list[int] = []
+                async for output in manager.request_id_iter(manager.add_request(prompt, streaming=True)):
+                    assert output.generated_tokens[: len(tokens)] == tokens
+                    tokens = output.generated_tokens
+                return tokens
+
+            assert await asyncio.gather(*map(read, PROMPTS)) == expected
+            heard: asyncio.Queue[tuple[GenerationOutput, bool]] = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+            name = manager.add_request(PROMPTS[1])
+            manager.register_result_handler(
+                name, lambda output: heard.put_nowait((output, asyncio.get_running_loop() is loop))
+            )
+            output, in_the_loop = await asyncio.wait_for(heard.get(), 30)
+            assert in_the_loop and output.generated_tokens == expected[1]
+
+    asyncio.run(main())
+
+
+def test_cancelling_the_reading_task_cancels_the_request(model: Any) -> None:
+    async def main() -> None:
+        with make(model, SETTINGS | {"max_new_tokens": 400}) as manager:
+            name = manager.add_request(PROMPTS[0], streaming=True)
+            seen = asyncio.Event()
+
+            async def read() -> None:
+                async for _ in manager.request_id_iter(name):
+                    seen.set()
+
+            task = asyncio.create_task(read())
+            await asyncio.wait_for(seen.wait(), 30)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while (output := await asyncio.to_thread(manager.get_result, name, 30)) and not output.is_finished():
+                pass
+            assert output.finish_reason == "cancelled"
+        assert_nothing_is_left(manager)
+
+    asyncio.run(main())
+
+
+# Faults stay with the request that caused them
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "processor at once": {"logits_processor": [Breaks(0)]},
+    "processor later": {"logits_processor": [Breaks(7)]},
+    "criterion": {"stopping_criteria": [BreaksToo()]},
+    "streamer at the prompt": {"streamer": Listener(0)},
+    "streamer at a token": {"streamer": Listener(3)},
+    "streamer at the end": {"streamer": Listener(9)},
+    "not a number": {"logits_processor": [Nothing()]},
+    "allowed tokens": {"prefix_allowed_tokens_fn": lambda row, ids: 1 // 0},
+}
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_a_fault_ends_its_request_alone(fault: str, model: Any, expected: list[list[int]]) -> None:
+    manager = make(model)
+    names = [manager.add_request(PROMPTS[0]), manager.add_request(PROMPTS[0], **FAULTS[fault])]
+    names += [manager.add_request(prompt) for prompt in PROMPTS[1:]]
+    finish(manager)
+    outputs = [manager.get_result(name) for name in names]
+    broken = outputs.pop(1)
+    assert [one.generated_tokens for one in outputs] == expected
+    assert {one.finish_reason for one in outputs} == {"length"}
+    assert_nothing_is_left(manager)
+    if fault == "streamer at the end":  # all tokens were made by then
+        assert broken.generated_tokens == expected[0]
+        return
+    assert broken.finish_reason == "error" and broken.status is RequestStatus.FAILED
+    assert names[1] in broken.error
+    if fault == "not a number":
+        assert isinstance(broken.exception, NonFiniteLogits)
+    else:
+        assert isinstance(broken.exception.__cause__, ZeroDivisionError)
+    assert broken.generated_tokens == expected[0][: len(broken.generated_tokens)]
+
+
+def test_a_result_handler_that_raises(model: Any, expected: list[list[int]]) -> None:
+    def handler(output: GenerationOutput) -> None:
+        raise ZeroDivisionError("broken on purpose")
+
+    manager = make(model)
+    bad, good = manager.add_request(PROMPTS[0], streaming=True), manager.add_request(PROMPTS[1])
+    manager.register_result_handler(bad, handler)
+    finish(manager)
+    assert manager.get_result(good).generated_tokens == expected[1]
+    assert manager.metrics.finished == {"error": 1, "length": 1}
+    assert_nothing_is_left(manager)
+
+
+def test_a_step_that_fails_answers_its_requests_and_the_rest_go_on(
+    model: Any, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make(model, max_requests_per_batch=2)
+    names = manager.add_requests(PROMPTS)
+    manager.step()
+    step = type(model).step
+
+    def fail(self: Any, batch: Any) -> torch.Tensor:
+        monkeypatch.setattr(type(model), "step", step)
+        raise MemoryError("no room on purpose")
+
+    monkeypatch.setattr(type(model), "step", fail)
+    finish(manager)
+    outputs = [manager.get_result(name) for name in names]
+    assert [one.finish_reason for one in outputs] == ["error", "error", "length", "length"]
+    assert isinstance(outputs[0].exception.__cause__, MemoryError)
+    assert [one.generated_tokens for one in outputs[2:]] == expected[2:]
+    assert_nothing_is_left(manager)
+
+
+class Broken(Scheduler):
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> list[RequestState]:
+        raise ZeroDivisionError("broken on purpose")
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_scheduler_that_raises_ends_the_manager_and_everybody_is_told(model: Any, threaded: bool) -> None:
+    register_scheduler("broken", Broken)
+    manager = make(model, scheduler_type="broken")
+    names = manager.add_requests(PROMPTS)
+    if threaded:
+        manager.start()
+    else:
+        with pytest.raises(ZeroDivisionError):
+            manager.step()
+    for name in names:
+        output = manager.get_result(name, timeout=30)
+        assert output.finish_reason == "error"
+        assert isinstance(output.exception, ManagerStopped)
+        assert isinstance(output.exception.__cause__, ZeroDivisionError)
+    manager.join(30)
+    assert isinstance(manager.fatal_error, ZeroDivisionError)
+    with pytest.raises(ManagerStopped, match="ZeroDivisionError"):
+        manager.add_request(PROMPTS[0])
+    assert manager.get_result(timeout=0) is None
+    manager.stop()
+
+
+def test_a_killed_thread_is_no_silence(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(threading, "excepthook", lambda *args: None)
+    manager = make(model)
+
+    def kill(ids: Any, scores: Any, **kwargs: Any) -> bool:
+        raise Killed
+
+    names = [manager.add_request(PROMPTS[0]), manager.add_request(PROMPTS[1], stopping_criteria=[kill])]
+    manager.start()
+    for name in names:
+        assert manager.get_result(name, timeout=30).finish_reason == "error"
+    assert isinstance(manager.fatal_error, Killed)
+    assert not manager.is_running()
+
+
+def test_a_stalled_step_is_noticed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make(model, watchdog_timeout=0.1)
+    release = threading.Event()
+
+    def stall(ids: Any, scores: Any, **kwargs: Any) -> bool:
+        return not release.wait(30)
+
+    names = [manager.add_request(PROMPTS[0]), manager.add_request(PROMPTS[1], stopping_criteria=[stall])]
+    manager.start()
+    for name in names:
+        output = manager.get_result(name, timeout=20)
+        assert output.finish_reason == "error" and "watchdog_timeout=0.1" in output.error
+    with pytest.raises(ManagerStopped, match="watchdog_timeout"):
+        manager.add_request(PROMPTS[0])
+    release.set()
+    manager.join(20)
+    assert manager.get_result(timeout=0) is None, "nobody is answered twice"
+
+
+# Cancelling, deadlines, stopping
+
+
+def test_cancelling_at_every_moment(model: Any, expected: list[list[int]]) -> None:
+    for steps in range(10):
+        manager = make(model, max_batch_tokens=16)
+        names = manager.add_requests(PROMPTS)
+        for _ in range(steps):
+            manager.step()
+        live = [manager.cancel_request(name) for name in names[1:3]]
+        finish(manager)
+        outputs = [manager.get_result(name) for name in names]
+        for output, tokens in zip(outputs, expected, strict=True):
+            assert output.generated_tokens == tokens[: len(output.generated_tokens)]
+        assert [one.finish_reason for one in outputs] == [
+            "length",
+            *("cancelled" if alive else "length" for alive in live),
+            "length",
+        ]
+        assert all((one.status is RequestStatus.CANCELLED) == (one.finish_reason == "cancelled") for one in outputs)
+        assert_nothing_is_left(manager)
+        assert not manager.cancel_request(names[1]) and not manager.cancel_request("nobody")
+
+
+def test_cancelling_cancels_every_output(model: Any) -> None:
+    manager = make(model)
+    name = manager.add_request(PROMPTS[0], do_sample=True, num_return_sequences=3)
+    manager.step()
+    assert manager.cancel_request(name)
+    finish(manager)
+    for one in (name, f"{name}__child#0", f"{name}__child#1"):
+        assert manager.get_result(one).finish_reason == "cancelled"
+
+
+def test_deadlines(model: Any, expected: list[list[int]]) -> None:
+    manager = make(model, max_requests_per_batch=1)
+    runs = manager.add_request(PROMPTS[0], deadline=0.05, max_new_tokens=400)
+    waits = manager.add_request(PROMPTS[1], deadline=0.05)
+    fine = manager.add_request(PROMPTS[2], deadline=60)
+    manager.step()
+    time.sleep(0.06)
+    finish(manager)
+    output = manager.get_result(runs)
+    assert output.finish_reason == "deadline" and output.status is RequestStatus.FINISHED
+    assert output.generated_tokens[:1] == expected[0][:1]
+    output = manager.get_result(waits)
+    assert (output.finish_reason, output.generated_tokens) == ("deadline", [])
+    assert manager.get_result(fine).generated_tokens == expected[2]
+    assert_nothing_is_left(manager)
+
+
+def test_stop_finishes_what_there_is_or_cancels_it(model: Any, expected: list[list[int]]) -> None:
+    manager = make(model)
+    names = manager.add_requests(PROMPTS)
+    manager.start()
+    manager.stop()
+    assert [manager.get_result(name).generated_tokens for name in names] == expected
+    with pytest.raises(ManagerStopped, match="stopped"):
+        manager.add_request(PROMPTS[0])
+    manager.start()
+    name = manager.add_request(PROMPTS[0], max_new_tokens=450)
+    later = manager.add_request(PROMPTS[1], max_new_tokens=450)
+    manager.stop(hard_stop=True)
+    assert manager.get_result(name).finish_reason == "cancelled"
+    assert manager.get_result(later).finish_reason == "cancelled"
+    assert manager.get_result() is None
+    assert_nothing_is_left(manager)
+
+
+def test_stop_without_a_thread(model: Any, expected: list[list[int]]) -> None:
+    manager = make(model)
+    names = manager.add_requests(PROMPTS)
+    manager.stop()
+    assert [manager.get_result(name).generated_tokens for name in names] == expected
+    manager = make(model)
+    names = manager.add_requests(PROMPTS)
+    manager.stop(hard_stop=True)
+    assert {manager.get_result(name).finish_reason for name in names} == {"cancelled"}
+
+
+def test_an_error_in_the_context_cancels(model: Any) -> None:
+    manager = make(model)
+    name = manager.add_request(PROMPTS[0], max_new_tokens=450)
+    with pytest.raises(KeyError), manager:
+        raise KeyError
+    assert manager.get_result(name).finish_reason == "cancelled"
+
+
+def test_pausing(model: Any, expected: list[list[int]]) -> None:
+    with make(model) as manager:
+        with manager.pause():
+            name = manager.add_request(PROMPTS[0])
+            assert manager.get_result(name, timeout=0.1) is None
+            assert manager.metrics.steps == 0
+        assert manager.get_result(name, timeout=30).generated_tokens == expected[0]
+
+
+def test_step_beside_the_thread(model: Any) -> None:
+    with make(model) as manager, pytest.raises(RuntimeError, match="without start"):
+        manager.step()
+
+
+def test_a_forgotten_manager_ends_its_thread(model: Any) -> None:
+    manager = make(model)
+    manager.start()
+    manager.add_request(PROMPTS[0], max_new_tokens=450)
+    thread, store = manager._worker._thread, weakref.ref(manager._engine.room.store)
+    del manager
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
+    del thread
+    gc.collect()
+    assert store() is None, "its memory is given back"
+
+
+def _in_a_fork(manager: Any, names: list[str], answers: Any) -> None:
+    told = [manager.is_running(), manager.get_result(timeout=20)]
+    try:
+        manager.add_request([5])
+    except ManagerStopped as error:
+        told.append(str(error))
+    manager.stop()
+    answers.put(told)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
+def test_a_forked_process_does_not_hang(model: Any) -> None:
+    with make(model) as manager:
+        names = manager.add_requests(PROMPTS)
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+        child = context.Process(target=_in_a_fork, args=(manager, names, answers))
+        child.start()
+        told = answers.get(timeout=30)
+        child.join(30)
+        assert child.exitcode == 0
+        assert told[:2] == [False, None] and "process" in told[2]
+        assert all(manager.get_result(name, timeout=30).finish_reason == "length" for name in names)
+
+
+def test_the_interpreter_ends_with_a_running_manager(tiny_llama_dir: Path) -> None:
+    code = (
+        "import sys, unspool\n"
+        f"model, _ = unspool.load({str(tiny_llama_dir)!r}, dtype='float32', device='cpu')\n"
+        "manager = model.init_continuous_batching({'max_new_tokens': 480, 'eos_token_id': None})\n"
+        "manager.start()\n"
+        "manager.add_requests([[5, 6]] * 20)\n"
+        "manager.get_result(timeout=0.2)\n"
+        "print('done')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "done"), ended.stderr
+    assert not ended.stderr
+
+
+# Limits and mistakes
+
+
+def test_bounded_queues(model: Any) -> None:
+    manager = make(model, max_queue_size=2)
+    names = manager.add_requests(PROMPTS)
+    with pytest.raises(QueueFull, match="max_queue_size is 2"):
+        manager.add_request(PROMPTS[0])
+    finish(manager)
+    reasons = [manager.get_result(name).finish_reason for name in names]
+    assert reasons == ["length", "length", "rejected", "rejected"]
+    manager = make(model, max_queued_tokens=10)
+    manager.add_request([5] * 8)
+    with pytest.raises(QueueFull, match="max_queued_tokens is 10"):
+        manager.add_request([5] * 3)
+    manager.add_request([5, 6])
+
+
+MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "id outside the vocabulary": ([5, 10**6], {}, ValueError, "1000000"),
+    "negative id": ([5, -1], {}, ValueError, "-1"),
+    "empty": ([], {}, ValueError, "empty"),
+    "text": ("once", {}, TypeError, "encode"),
+    "floats": ([1.5], {}, TypeError, "1.5"),
+    "two rows": ([[5], [6]], {}, TypeError, "each row"),
+    "no new tokens": ([5], {"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+    "absurd length": ([5], {"max_new_tokens": 10**12}, ValueError, "max_new_tokens"),
+    "beyond the cache": ([5], {"max_new_tokens": 480}, ValueError, "cache holds 320"),
+    "prompt beyond the positions": ([5] * 600, {}, ValueError, "512"),
+    "misspelt setting": ([5], {"temprature": 1.0}, ValueError, "temprature"),
+    "out of range": ([5], {"do_sample": True, "temperature": -1.0}, ValueError, "temperature"),
+    "contradiction": ([5], {"do_sample": False, "num_return_sequences": 3}, ValueError, "num_return_sequences"),
+    "absurd number": ([5], {"do_sample": True, "num_return_sequences": 10**6}, ValueError, "num_return_sequences"),
+    "no tokenizer": ([5], {"stop_strings": "x"}, ValueError, "tokenizer"),
+    "past deadline": ([5], {"deadline": 0}, ValueError, "deadline"),
+    "priority": ([5], {"priority": "high"}, TypeError, "priority"),
+    "salt": ([5], {"cache_salt": []}, TypeError, "cache_salt"),
+    "streamer": ([5], {"streamer": print}, TypeError, "streamer"),
+    "streamer of several": (
+        [5],
+        {"streamer": Listener(), "do_sample": True, "num_return_sequences": 2},
+        ValueError,
+        "one output",
+    ),
+    "mode": ([5], {"num_beams": 2}, unspool.Unsupported, "beam_search"),
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_a_mistake_is_answered_at_once_and_alone(mistake: str, model: Any, expected: list[list[int]]) -> None:
+    prompt, arguments, kind, text = MISTAKES[mistake]
+    manager = make(model, num_blocks=20)
+    with pytest.raises(kind, match=text):
+        manager.add_request(prompt, **arguments)
+    assert manager.add_requests([]) == []
+    (rejected,) = manager.add_requests([prompt], **arguments)
+    good = manager.add_request(PROMPTS[0])
+    output = manager.get_result(rejected)
+    assert (output.finish_reason, output.status) == ("rejected", RequestStatus.FAILED)
+    assert isinstance(output.exception, kind) and text.split(" ")[0] in output.error
+    finish(manager)
+    assert manager.get_result(good).generated_tokens == expected[0]
+    assert_nothing_is_left(manager)
+
+
+def test_names(model: Any) -> None:
+    manager = make(model)
+    manager.add_request(PROMPTS[0], "mine")
+    with pytest.raises(ValueError, match="'mine' is in use"):
+        manager.add_request(PROMPTS[0], "mine")
+    finish(manager)
+    with pytest.raises(ValueError, match="not taken"):
+        manager.add_request(PROMPTS[0], "mine")
+    assert manager.get_result("mine") is not None
+    for call in (
+        manager.get_result,
+        manager.request_id_iter,
+        lambda name: manager.register_result_handler(name, print),
+    ):
+        with pytest.raises(ValueError, match="unknown"):
+            call("mine")
+    manager.add_request(PROMPTS[0], "mine")
+    finish(manager)
+
+
+def test_settings_of_managers(model: Any) -> None:
+    with pytest.raises(ValueError, match="scheduler_type='best'"):
+        make(model, scheduler_type="best")
+    with pytest.raises(TypeError, match="Scheduler"):
+        register_scheduler("x", int)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"\[prompt\]"):
+        model.generate_batch([5, 6])
+    assert model.generate_batch([]) == {}
+
+
+def test_whole_configs_of_requests(model: Any, expected: list[list[int]]) -> None:
+    manager = make(model, {})
+    config = GenerationConfig(max_new_tokens=8, do_sample=False)
+    first = manager.add_request(PROMPTS[0], generation_config=config, eos_token_id=None)
+    second = manager.add_request(PROMPTS[0], generation_config=config, eos_token_id=None, max_new_tokens=3)
+    third = manager.add_request(PROMPTS[0], eos_token_id=None)
+    finish(manager)
+    assert manager.get_result(first).generated_tokens == expected[0]
+    assert manager.get_result(second).generated_tokens == expected[0][:3]
+    assert len(manager.get_result(third).generated_tokens) == 20, "generate()'s own default"
+
+
+# Schedulers
+
+
+class ByPriority(Scheduler):
+    """A third scheduler, as a user may write it."""
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> list[RequestState]:
+        every = [*self.active_requests.values(), *self.waiting_requests.values()]
+        every.sort(key=lambda state: (-state.priority, state.number))
+        return self.fill(every, token_budget, cache_budget)
+
+
+def test_a_scheduler_of_ones_own(model: Any, expected: list[list[int]]) -> None:
+    register_scheduler("priority", ByPriority)
+    manager = make(model, scheduler_type="priority", num_blocks=4, max_requests_per_batch=3)
+    names = [manager.add_request(prompt) for prompt in PROMPTS]
+    for _ in range(3):
+        manager.step()
+    urgent = manager.add_request([11, 12, 14] * 12, priority=5)
+    order = []
+    while manager.step():
+        while (output := manager.get_result()) is not None:
+            order.append(output)
+    assert order.index(next(one for one in order if one.request_id == urgent)) <= 2
+    assert manager.metrics.preemptions > 0
+    got = {one.request_id: one.generated_tokens for one in order}
+    assert [got[name] for name in names] == expected
+    assert_nothing_is_left(manager)
+
+
+def test_the_methods_of_a_scheduler(model: Any, expected: list[list[int]]) -> None:
+    manager = make(model)
+    scheduler = manager._engine.scheduler
+    assert not scheduler.has_pending_requests()
+    name, other = manager.add_request(PROMPTS[0]), manager.add_request(PROMPTS[1])
+    for _ in range(3):
+        manager.step()
+    assert scheduler.has_pending_requests()
+    assert scheduler.get_active_request_static_outputs(name) == expected[0][:3]
+    assert scheduler.get_active_request_static_outputs("nobody") == []
+    assert not scheduler.request_is_cancelled(name)
+    assert scheduler.request_is_cancelled("nobody")
+    scheduler.set_request_cancellation(name)
+    assert scheduler.request_is_cancelled(name)
+    finish(manager)
+    assert manager.get_result(name).finish_reason == "cancelled"
+    assert manager.get_result(other).generated_tokens == expected[1]
+    assert scheduler.request_is_cancelled(other), "it is over"
+
+
+def test_prompts_first_or_tokens_first(model: Any) -> None:
+    """With a budget of few tokens, a long prompt either waits for running rows or holds them up."""
+    made = {}
+    for kind in ("fifo", "prefill_first"):
+        manager = make(model, scheduler_type=kind, max_batch_tokens=4)
+        first = manager.add_request(PROMPTS[0])
+        manager.step()
+        manager.add_request(PROMPTS[2])
+        for _ in range(4):
+            manager.step()
+        made[kind] = len(manager._engine.scheduler.get_active_request_static_outputs(first))
+        manager.stop(hard_stop=True)
+    assert made == {"fifo": 5, "prefill_first": 2}
+
+
+# What is shared
+
+
+def test_equal_beginnings_are_computed_once_for_each_tenant(model: Any) -> None:
+    prefix = list(range(5, 105))
+    prompts = [[*prefix, i, i + 1] for i in range(200, 212)]
+    alone = [model.generate(torch.tensor([p]), **SETTINGS)[0, len(p) :].tolist() for p in prompts]
+    for salts, most in ((["a"] * 12, 96 + 12 * 14), (["a", "b"] * 6, 2 * 96 + 12 * 14)):
+        manager = make(model, num_blocks=200)
+        names = [manager.add_request(p, cache_salt=salt) for p, salt in zip(prompts, salts, strict=True)]
+        finish(manager)
+        outputs = [manager.get_result(name) for name in names]
+        assert [one.generated_tokens for one in outputs] == alone
+        assert manager.metrics.tokens_fed <= most
+        assert sum(one.usage.cached_tokens for one in outputs) == manager.metrics.cached_tokens
+        again = manager.add_request(prompts[0], cache_salt="a")
+        stranger = manager.add_request(prompts[0], cache_salt="z")
+        finish(manager)
+        assert manager.get_result(again).usage.cached_tokens == 96
+        assert manager.get_result(stranger).usage.cached_tokens == 0
+    off = model.init_continuous_batching(SETTINGS, allow_block_sharing=False)
+    names = off.add_requests(prompts)
+    finish(off)
+    assert [off.get_result(name).generated_tokens for name in names] == alone
+    assert off.metrics.tokens_fed == sum(map(len, prompts)) + 12 * 7
+
+
+def test_a_conversation_finds_its_own_answer(model: Any) -> None:
+    manager = make(model, SETTINGS | {"max_new_tokens": 40})
+    first = manager.add_request(PROMPTS[0])
+    finish(manager)
+    answer = manager.get_result(first).generated_tokens
+    second = manager.add_request([*PROMPTS[0], *answer, 7, 7])
+    finish(manager)
+    output = manager.get_result(second)
+    assert output.usage.cached_tokens == 32, "44 tokens were made and all but the last stored: two full blocks"
+    whole = torch.tensor([[*PROMPTS[0], *answer, 7, 7]])
+    settings = SETTINGS | {"max_new_tokens": 40}
+    assert output.generated_tokens == model.generate(whole, **settings)[0, whole.shape[1] :].tolist()
+
+
+def test_eviction_by_hand(model: Any) -> None:
+    manager = model.init_continuous_batching(SETTINGS, manual_eviction=True)
+    name = manager.add_request(PROMPTS[2])
+    with pytest.raises(ValueError, match="not over"):
+        manager.evict_request_from_cache(name)
+    finish(manager)
+    assert len(manager._engine.room.index) == 2
+    manager.evict_request_from_cache(name)
+    assert len(manager._engine.room.index) == 0
+    manager.evict_request_from_cache(name)
+
+
+def test_the_model_is_left_as_it_was(model: Any) -> None:
+    before = set(vars(model)), model.generation_config.to_dict()
+    model.generate_batch(PROMPTS, **SETTINGS)
+    with make(model) as manager:
+        manager.get_result(manager.add_request(PROMPTS[0]))
+    assert (set(vars(model)), model.generation_config.to_dict()) == before
