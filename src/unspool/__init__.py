@@ -177,12 +177,6 @@ if TYPE_CHECKING:
         SynthIDTextWatermarkingConfig as SynthIDTextWatermarkingConfig,
         WatermarkingConfig as WatermarkingConfig,
     )
-    from unspool.decode.choose.constraints import (
-        Constraint as Constraint,
-        ConstraintListState as ConstraintListState,
-        DisjunctiveConstraint as DisjunctiveConstraint,
-        PhrasalConstraint as PhrasalConstraint,
-    )
     from unspool.continuous import (
         ContinuousBatchingManager as ContinuousBatchingManager,
         ContinuousMixin as ContinuousMixin,
@@ -194,6 +188,12 @@ if TYPE_CHECKING:
         RequestStatus as RequestStatus,
         Scheduler as Scheduler,
         register_scheduler as register_scheduler,
+    )
+    from unspool.decode.choose.constraints import (
+        Constraint as Constraint,
+        ConstraintListState as ConstraintListState,
+        DisjunctiveConstraint as DisjunctiveConstraint,
+        PhrasalConstraint as PhrasalConstraint,
     )
     from unspool.errors import (
         CacheFull as CacheFull,
