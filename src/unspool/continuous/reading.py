@@ -140,6 +140,8 @@ class Reader:
             custom=arguments.logits_processor,
             prefix_allowed_tokens_fn=arguments.prefix_allowed_tokens_fn,
             encoder_input_ids=torch.tensor([prompt], device=model.device),
+            tokenizer=arguments.tokenizer,
+            vocab_size=model.spec.vocab_size,
         )
         limits = build_limits(
             config,
