@@ -19,8 +19,8 @@ def compute_transition_scores(
     Args:
         sequences: `[rows, columns]`, prompts included.
         scores: per step, `[rows, vocab]` (or `[rows * beams, vocab]`).
-        beam_indices: `[rows, columns or steps]` row of `scores` that each token came from, -1 past a row's end; without
-            it every token came from its own row.
+        beam_indices: `[rows, generated columns]` row of `scores` that each token came from, -1 past a row's end;
+            without it every token came from its own row.
         normalize_logits: take the log-softmax of each step's scores first.
 
     Raises:
@@ -40,12 +40,14 @@ def compute_transition_scores(
     if beam_indices is None:
         origin = torch.arange(by_step.shape[1], device=sequences.device)[:, None].expand(-1, len(scores))
         ended = torch.zeros_like(origin, dtype=torch.bool)
+        begin = sequences.shape[1] - len(scores)
     else:
+        begin = sequences.shape[1] - beam_indices.shape[1]
         steps = int((beam_indices >= 0).sum(dim=1).max())
         origin = beam_indices[:, :steps].long()
         ended = origin < 0
         origin = origin.clamp_min(0)
     steps = origin.shape[1]
-    tokens = sequences[:, sequences.shape[1] - steps :].masked_fill(ended, 0)
+    tokens = sequences[:, begin : begin + steps].masked_fill(ended, 0)
     picked = by_step[torch.arange(steps, device=sequences.device), origin, tokens]
     return picked.masked_fill(ended, 0.0)
