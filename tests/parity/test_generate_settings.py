@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import VOCAB, make_checkpoint
 from hypothesis import HealthCheck, given, reject, settings, strategies as st
 
@@ -57,6 +59,20 @@ WARPERS = optional(
     eta_cutoff=st.sampled_from([0.001, 0.05]),
     top_h=st.sampled_from([0.3, 0.8]),
 )
+KEYS = [654, 400, 836, 123, 340]
+# The class's name and its arguments, for either library.
+MARKS: list[tuple[str, dict[str, Any]] | None] = [
+    None,
+    None,
+    ("WatermarkingConfig", {"bias": 3.0}),
+    ("WatermarkingConfig", {"seeding_scheme": "selfhash", "greenlist_ratio": 0.5, "context_width": 3}),
+    ("SynthIDTextWatermarkingConfig", {"ngram_len": 3, "keys": KEYS, "context_history_size": 5}),
+    ("SynthIDTextWatermarkingConfig", {"ngram_len": 5, "keys": KEYS[:2], "skip_first_ngram_calls": True}),
+]
+BEAMS = optional(
+    length_penalty=st.sampled_from([-1.0, 0.0, 2.0]),
+    early_stopping=st.sampled_from([True, False, "never"]),
+)
 PROMPTS = st.lists(st.lists(TOKENS, min_size=1, max_size=9), min_size=1, max_size=4)
 
 
@@ -70,6 +86,10 @@ PROMPTS = st.lists(st.lists(TOKENS, min_size=1, max_size=9), min_size=1, max_siz
     copies=st.integers(1, 2),
     eos=st.sampled_from([[], [7], list(range(3, 40))]),
     chunk=st.sampled_from([None, 2, 5]),
+    mark=st.sampled_from(MARKS),
+    beams=st.sampled_from([None, None, 3]),
+    competing=BEAMS,
+    own=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_any_combination(
@@ -82,6 +102,10 @@ def test_any_combination(
     copies: int,
     eos: list[int],
     chunk: int | None,
+    mark: tuple[str, dict[str, Any]] | None,
+    beams: int | None,
+    competing: dict[str, Any],
+    own: bool,
     seed: int,
 ) -> None:
     width = max(map(len, prompts))
@@ -92,24 +116,33 @@ def test_any_combination(
     if not eos or "forced_eos_token_id" in kwargs:  # transformers then computes inf * -inf, or refuses
         kwargs.pop("exponential_decay_length_penalty", None)
     if do_sample:
-        kwargs |= warpers | {"num_return_sequences": copies}
+        kwargs |= warpers
+    if beams is not None:
+        kwargs |= competing | {"num_beams": beams}
+    if do_sample or beams is not None:
+        kwargs["num_return_sequences"] = copies
+    if own:
+        kwargs["logits_processor"] = [_lean]
+    marks: list[dict[str, Any]] = [{}, {}]
+    # With beams, a context of SynthID is on purpose another here (test_watermark.py).
+    if mark is not None and not (beams and "keys" in mark[1]):
+        marks = [{"watermarking_config": getattr(library, mark[0])(**mark[1])} for library in (unspool, transformers)]
     ours, theirs = pair
     torch.manual_seed(seed)
     try:
-        expected = theirs.generate(ids, eos_token_id=eos or None, **kwargs)
+        expected = theirs.generate(ids, eos_token_id=eos or None, **kwargs, **marks[1])
     except (ValueError, RuntimeError):  # it found the settings contradictory, or left itself no token to choose
         reject()
+    after = torch.rand(1).item()
     torch.manual_seed(seed)
-    got = ours.generate(ids, eos_token_id=eos or None, prefill_chunk_size=chunk, **kwargs)
+    got = ours.generate(ids, eos_token_id=eos or None, prefill_chunk_size=chunk, **kwargs, **marks[0])
     assert got.tolist() == expected.tolist()
-    if do_sample:
-        assert torch.rand(1).item() == _next_random(seed, theirs, ids, eos, kwargs), "the generator moved on alike"
+    assert torch.rand(1).item() == after, "the generator moved on alike"
 
 
-def _next_random(seed: int, model: Any, ids: torch.Tensor, eos: list[int], kwargs: dict[str, Any]) -> float:
-    torch.manual_seed(seed)
-    model.generate(ids, eos_token_id=eos or None, **kwargs)
-    return float(torch.rand(1).item())
+def _lean(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A caller's own processor: even tokens after odd ones."""
+    return scores + 0.5 * ((input_ids[:, -1:] + torch.arange(scores.shape[1])) % 2)
 
 
 def test_prefix_function_and_foreign_processors_see_every_row(pair: tuple[Any, Any]) -> None:
@@ -161,3 +194,64 @@ def test_lengths(pair: tuple[Any, Any], limit: dict[str, int]) -> None:
     ids, mask = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     ours, theirs = (m.generate(ids, attention_mask=mask, pad_token_id=0, **limit) for m in pair)
     assert ours.tolist() == theirs.tolist()
+
+
+@pytest.fixture(scope="module")
+def storytellers() -> tuple[Any, Any, Any, Any]:
+    """The built-in model in fp32, transformers' load of it and each one's tokenizer: logits with a meaning."""
+    folder = Path(unspool.__file__).parent / "assets" / "storyteller"
+    ours, tokenizer = unspool.load("storyteller", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return ours, theirs, tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(
+        st.sampled_from(["Once upon a time", "The old owl said", "One morning the little fox", "In"]),
+        min_size=1, max_size=3,
+    ),
+    history=HISTORY,
+    places=PLACES,
+    warpers=WARPERS,
+    stops=st.sampled_from([None, [" the"], ["."], ["ing", " a "]]),
+    mark=st.sampled_from(MARKS),
+    beams=st.sampled_from([None, None, 2]),
+    do_sample=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_combination_on_a_trained_model(
+    storytellers: tuple[Any, Any, Any, Any],
+    texts: list[str],
+    history: dict[str, Any],
+    places: dict[str, Any],
+    warpers: dict[str, Any],
+    stops: list[str] | None,
+    mark: tuple[str, dict[str, Any]] | None,
+    beams: int | None,
+    do_sample: bool,
+    seed: int,
+) -> None:
+    ours, theirs, tokenizer, reader = storytellers
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    kwargs = {**inputs, "max_new_tokens": 16, "do_sample": do_sample, "num_beams": beams or 1, **history, **places}
+    if "forced_eos_token_id" in kwargs:
+        kwargs.pop("exponential_decay_length_penalty", None)
+    if do_sample:
+        kwargs |= warpers
+    if stops is not None:
+        kwargs |= {"stop_strings": stops}
+    marks: list[dict[str, Any]] = [{}, {}]
+    if mark is not None and not (beams and "keys" in mark[1]):
+        marks = [{"watermarking_config": getattr(library, mark[0])(**mark[1])} for library in (unspool, transformers)]
+    found = []
+    for model, reads, own in ((theirs, reader, marks[1]), (ours, tokenizer, marks[0])):
+        torch.manual_seed(seed)
+        try:
+            tokens = model.generate(**kwargs, **own, tokenizer=reads)
+        except (ValueError, RuntimeError):
+            if model is ours:
+                raise
+            reject()
+        found.append((tokens.tolist(), torch.rand(1).item()))
+    assert found[1] == found[0]

@@ -50,6 +50,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "exponential_decay_length_penalty": st.sampled_from([None, (1, 1.2)]),
     "suppress_tokens": st.sampled_from([None, [4, 9]]),
     "begin_suppress_tokens": st.sampled_from([None, [6]]),
+    "watermarking_config": st.sampled_from([None, {"bias": 3.0}, {"seeding_scheme": "selfhash", "context_width": 2}]),
     "renormalize_logits": st.booleans(),
 }
 
@@ -111,6 +112,7 @@ def test_same_scores_in_any_combination(model: Any, chosen: dict[str, Any], eos:
         device="cpu",
         encoder_input_ids=source,
         padding_lengths=(mask != 0).int().argmax(dim=1),
+        vocab_size=VOCAB,
     )
     names = [type(processor).__name__ for processor in wanted]
     together = ["TopKLogitsWarper", "TopPLogitsWarper"]
@@ -177,6 +179,8 @@ def test_refused_combinations() -> None:
         build(GenerationConfig(forced_eos_token_id=2))
     with pytest.raises(Unsupported, match="guidance_scale"):
         build(GenerationConfig(guidance_scale=2.0))
+    with pytest.raises(ValueError, match="vocab_size"):
+        build(GenerationConfig(watermarking_config={"bias": 1.0}))
     with pytest.warns(UserWarning, match="encoder_repetition_penalty"):
         build(GenerationConfig(encoder_repetition_penalty=2.0))
     with pytest.warns(UserWarning, match="new tokens only"):
