@@ -47,6 +47,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "GenerateDecoderOnlyOutput",
         "GenerateEncoderDecoderOutput",
     ),
+    "unspool.interop": ("disable", "enable", "enabled", "wrap"),
     "unspool.cache": (
         "Cache",
         "DynamicCache",
@@ -218,6 +219,7 @@ if TYPE_CHECKING:
         AutoTokenizer as AutoTokenizer,
         load as load,
     )
+    from unspool.interop import disable as disable, enable as enable, enabled as enabled, wrap as wrap
     from unspool.logits import (
         AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor,
         BarkEosPrioritizerLogitsProcessor as BarkEosPrioritizerLogitsProcessor,

@@ -40,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "decode": {"config", "models.base", "cache", "attention", "logits", "stopping"},
     "generate": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode", "bridge"},
     "continuous": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode"},
+    "interop": {"*"},
     "hub": {"*"},
     "server": {"*"},
     "cli": {"*"},
@@ -57,7 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "huggingface_hub": {"hub", "config", "tokenization"},
     "rich": {"cli", "continuous", "weights"},
     "typer": {"cli"},
-    "transformers": {"bridge"},
+    "transformers": {"bridge", "interop"},
     "peft": {"bridge"},
     "llguidance": {"logits"},
 }

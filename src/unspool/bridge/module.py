@@ -37,6 +37,15 @@ _PROMPT_ONLY = frozenset(
     ("pixel_values", "pixel_mask", "pixel_values_videos", "input_features", "input_values", "image_sizes", "images")
 )
 
+# Names of static caches in older versions; the configuration tells the kinds of layers.
+_OLD_NAMES = {
+    "sliding_window": "static",
+    "hybrid": "static",
+    "hybrid_chunked": "static",
+    "offloaded_hybrid": "offloaded_static",
+    "offloaded_hybrid_chunked": "offloaded_static",
+}
+
 
 class Foreign:
     """A module as the rows tier knows it.
@@ -318,14 +327,17 @@ class Foreign:
         make: dict[str | None, Callable[[], Any]] = {
             None: lambda: DynamicCache(config=config),
             "dynamic": lambda: DynamicCache(config=config),
-            "dynamic_full": lambda: DynamicCache(),
             "offloaded": lambda: OffloadedCache(config=config),
             "static": lambda: StaticCache(config, length),
             "offloaded_static": lambda: OffloadedStaticCache(config, length),
             "quantized": lambda: QuantizedCache(config=config, **dict(options or {})),
         }
+        kind = _OLD_NAMES.get(kind or "", kind)
         if kind not in make:
-            raise ValueError(f"cache_implementation={kind!r} is not known here; take one of {[k for k in make if k]}")
+            raise Unsupported(
+                f"cache_implementation={kind!r} is not for a module's own past; take one of "
+                f"{', '.join(repr(name) for name in make if name)}"
+            )
         made = make[kind]()
         if not self.encoder_decoder:
             return made

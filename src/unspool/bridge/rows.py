@@ -43,6 +43,7 @@ class RowsRunner:
 
     Args:
         foreign: the module.
+        rows: all rows of the call, with their prompts.
         ids: `[rows, columns]` prompts, padding included.
         inputs: what the module takes besides; carried from step to step.
         filler: stands in the columns of rows that ended.
@@ -53,6 +54,7 @@ class RowsRunner:
     def __init__(
         self,
         foreign: Foreign,
+        rows: list[Sequence],
         ids: Tensor,
         inputs: dict[str, Any],
         filler: int,
@@ -63,8 +65,11 @@ class RowsRunner:
         self.inputs = inputs
         self.logits: Tensor | None = None
         self._ids = ids
+        self._rows = rows
+        self._lengths = [len(row.tokens) for row in rows]
         self._prompt = ids.shape[1]
         self._fed = 0  # columns of the prompt that went in
+        self._steps = 0  # columns of new tokens that went in
         self._begun = False
         self._filler = filler
         self._mask_length = mask_length
@@ -139,18 +144,21 @@ class RowsRunner:
                 f"{type(self.foreign.module).__name__} is run in its own calling convention, which checks no drafts; "
                 "leave the assistant out"
             )
-        column = torch.full((self._ids.shape[0],), self._filler, device=self._ids.device)
-        places = torch.tensor([item.seq.row for item in work], device=self._ids.device)
         if any(item.seq.pending for item in work):
-            column[places] = work[0].group.last[places]
+            column = work[0].group.last
         else:
-            tokens = [item.seq.tokens[item.seq.computed] for item in work]
-            column[places] = torch.tensor(tokens, device=self._ids.device)
+            column = torch.tensor([self._next_of(row) for row in self._rows], device=self._ids.device)
+        self._steps += 1
         self._ids = torch.cat([self._ids, column[:, None]], dim=1)
         cached = bool(self.inputs.get("use_cache"))
         output = self.foreign.call(self.foreign.prepare(self._ids, self.inputs, 1 if cached else None, False))
         self.inputs = self.foreign.update(output, self.inputs, 1)
         return output
+
+    def _next_of(self, row: Sequence) -> int:
+        """The token of a row that comes into the next column; filler once the row has no more."""
+        place = self._lengths[row.row] + self._steps
+        return row.tokens[place] if place < len(row.tokens) else self._filler
 
     def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
         """See `Runner`."""

@@ -55,7 +55,7 @@ class ForeignSource:
         else:
             ids = main if name == "input_ids" else inputs.pop("input_ids")
         mask = inputs.get(foreign.mask_name)
-        seen = _prompts(ids, mask)
+        seen = rows_of(ids, mask)
         rows, inputs = self._expand(ids, inputs, copies)
         if foreign.accepts("logits_to_keep") and "logits_to_keep" not in inputs:
             inputs["logits_to_keep"] = 1
@@ -63,7 +63,7 @@ class ForeignSource:
             if getattr(config, wanted) and wanted not in inputs:
                 inputs[wanted] = True
         inputs["use_cache"] = config.use_cache
-        prompts = _prompts(rows, inputs.get(foreign.mask_name))
+        prompts = rows_of(rows, inputs.get(foreign.mask_name))
         return Reading(
             prompts=prompts,
             seen=seen,
@@ -201,7 +201,7 @@ class RowsBackend:
         self.foreign.cache(self._config, self._their, self._inputs, len(rows), max(begin, self._ids.shape[1]) + new - 1)
         pad, eos = self._config.pad_token_id, end_tokens(self._config)
         filler = int(pad) if pad is not None else eos[0] if eos else 0
-        self._runner = RowsRunner(self.foreign, self._ids, self._inputs, filler, self._mask_length, self._record)
+        self._runner = RowsRunner(self.foreign, rows, self._ids, self._inputs, filler, self._mask_length, self._record)
         return self._runner
 
     def first_layers(self, layers: int) -> RowsBackend:
@@ -244,7 +244,7 @@ class RowsBackend:
         return f"the logits of {name} are finite, so a logits processor left no token to choose"
 
 
-def _prompts(ids: Tensor, mask: Tensor | None) -> Prompts:
+def rows_of(ids: Tensor, mask: Tensor | None) -> Prompts:
     """Ids as prompts; true tokens are those that `mask` keeps."""
     if mask is None or mask.shape != ids.shape:
         return Prompts(ids, torch.ones_like(ids, dtype=torch.bool), ids.tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable, Mapping, Sequence as Items
 from typing import Any
 
 import torch
@@ -83,11 +83,13 @@ class GenerationMixin:
 
         Source: `GenerationMixin.generate` of transformers v5.2.
         """
-        _refuse(
-            negative_prompt_ids=negative_prompt_ids,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            custom_generate=custom_generate,
-            synced_gpus=synced_gpus or None,
+        refuse_arguments(
+            {
+                "negative_prompt_ids": negative_prompt_ids,
+                "negative_prompt_attention_mask": negative_prompt_attention_mask,
+                "custom_generate": custom_generate,
+                "synced_gpus": synced_gpus,
+            }
         )
         resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
         arguments = Arguments(inputs, resolved.unused)
@@ -134,7 +136,7 @@ class GenerationMixin:
         """Settle everything that can be wrong before any work is done."""
         source = self._source()
         config = resolved.config
-        _refuse_modes(config)
+        refuse_modes(config)
         eos = end_tokens(config)
         pad = config.pad_token_id
         beams = int(config.num_beams or 1)
@@ -188,9 +190,20 @@ class GenerationMixin:
         raise TypeError(f"GenerationMixin goes in front of a torch.nn.Module, which {type(self).__name__} is not")
 
 
-def _refuse(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
+# Arguments of `generate()` that are still to come.
+_ARGUMENTS = (
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
+    "synced_gpus",
+)
+
+
+def refuse_arguments(given: Mapping[str, Any]) -> None:
+    """Raise `Unsupported` for an argument that no mode of this version takes."""
+    for name in _ARGUMENTS:
+        value = given.get(name)
+        if value is not None and value is not False:
             raise Unsupported(f"generate({name}=...) is not supported in this version")
 
 
@@ -203,7 +216,8 @@ _MODES: dict[str, Any] = {
 }
 
 
-def _refuse_modes(config: GenerationConfig) -> None:
+def refuse_modes(config: GenerationConfig) -> None:
+    """Raise `Unsupported` for a setting of a mode that this version does not have."""
     for name, off in _MODES.items():
         value = getattr(config, name, off)
         if value not in (off, None):

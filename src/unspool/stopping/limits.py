@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from unspool.stopping.base import CriterionLike, StoppingCriteriaList
 from unspool.stopping.criteria import EosTokenCriteria, MaxLengthCriteria
-from unspool.stopping.pipeline import build_criteria
+from unspool.stopping.pipeline import build_criteria, is_kind
 from unspool.stopping.stop_strings import Decoder
 
 if TYPE_CHECKING:
@@ -48,7 +48,17 @@ def build_limits(
         max_positions: positions the model was made for, or `None`.
     """
     every = build_criteria(config, custom=custom, tokenizer=tokenizer, max_position_embeddings=max_positions)
-    width = min(int(c.max_length) for c in every if isinstance(c, MaxLengthCriteria))
-    asked = [c for c in every if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-    ends = frozenset(eos).union(*(c.eos_token_id.tolist() for c in every if isinstance(c, EosTokenCriteria)))
-    return Limits(ends, width, StoppingCriteriaList(asked))
+    return limits_of(every, eos)
+
+
+def limits_of(criteria: Sequence[CriterionLike], eos: Sequence[int] = ()) -> Limits:
+    """Criteria taken apart, transformers' own among them: widths and end tokens as numbers, the others to be asked.
+
+    Args:
+        criteria: at least one of them bounds the width.
+        eos: further end tokens.
+    """
+    widths = [int(one.max_length) for one in criteria if is_kind(one, MaxLengthCriteria)]  # type: ignore[attr-defined]
+    ends = [one.eos_token_id.tolist() for one in criteria if is_kind(one, EosTokenCriteria)]  # type: ignore[attr-defined]
+    asked = [one for one in criteria if not is_kind(one, MaxLengthCriteria) and not is_kind(one, EosTokenCriteria)]
+    return Limits(frozenset(eos).union(*ends), min(widths), StoppingCriteriaList(asked))

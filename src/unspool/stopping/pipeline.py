@@ -62,7 +62,7 @@ def _merge(configured: StoppingCriteriaList, custom: Sequence[CriterionLike]) ->
     """Configured criteria, each replaced by the caller's of its kind; then the caller's others."""
     merged = StoppingCriteriaList()
     for criterion in configured:
-        own = next((candidate for candidate in custom if _same_kind(candidate, criterion)), None)
+        own = next((candidate for candidate in custom if is_kind(candidate, type(criterion))), None)
         if own is not None:
             logger.warning(
                 "The given %s replaces the one that the generation settings ask for.", type(criterion).__name__
@@ -72,7 +72,7 @@ def _merge(configured: StoppingCriteriaList, custom: Sequence[CriterionLike]) ->
     return merged
 
 
-def _same_kind(candidate: object, criterion: object) -> bool:
-    """The same class, or transformers' class of the same name."""
-    given, ours = type(candidate), type(criterion)
-    return given is ours or (given.__name__ == ours.__name__ and given.__module__.startswith("transformers."))
+def is_kind(candidate: object, kind: type) -> bool:
+    """Whether a criterion is of this class, or of transformers' class of the same name."""
+    given = type(candidate)
+    return given is kind or (given.__name__ == kind.__name__ and given.__module__.startswith("transformers."))

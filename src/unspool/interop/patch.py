@@ -1,0 +1,225 @@
+"""Our decoding behind transformers' own methods: for every model (`enable`), or within one call (`inside`).
+
+Three methods of transformers' `GenerationMixin` are replaced, `generate`, `_sample` and `_beam_search`, while somebody
+wants it, and put back after. Models that bring a `generate()` of their own (Whisper, MusicGen, …) come in through the
+inner ones, with what they prepared. What only transformers can do is left to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from unspool.config import GenerationMode, resolve
+from unspool.config.mode import mode_of
+from unspool.errors import Unsupported
+from unspool.generate.foreign import RowsBackend
+from unspool.generate.mixin import GenerationMixin, refuse_arguments, refuse_modes
+from unspool.interop import inner
+from unspool.interop.notes import note
+
+__all__ = ["disable", "enable", "enabled", "inside", "is_plain"]
+
+_METHODS = ("generate", "_sample", "_beam_search")
+# A model that replaces one of these prepares or decodes in a way of its own: it runs its own `generate()`, and what we
+# decode is what that asks for.
+_OWN_WAY = (
+    "_sample",
+    "_beam_search",
+    "_prefill",
+    "_has_unfinished_sequences",
+    "_get_logits_processor",
+    "_get_stopping_criteria",
+    "_prepare_generation_config",
+    "_prepare_generated_length",
+    "_validate_generation_mode",
+    "_extract_generation_mode_kwargs",
+)
+# And one that replaces one of these needs its own loop too.
+_OWN_LOOP = ("_prefill", "_has_unfinished_sequences")
+
+_lock = threading.Lock()
+_originals: dict[str, Callable[..., Any]] = {}
+_users = 0
+_everywhere = False
+_here: ContextVar[bool] = ContextVar("unspool_decodes_here", default=False)
+
+
+def enable() -> None:
+    """Put our `generate()` behind that of every transformers model, also of those made before.
+
+    So `model.generate(...)`, `pipeline(...)`, `PeftModel.generate` and whatever calls them decode with unspool; results
+    pass `isinstance` checks against transformers' output classes. What unspool cannot do for a model is left to
+    transformers. Calling it twice changes nothing.
+
+    Raises:
+        Unsupported: transformers is not installed.
+    """
+    global _everywhere
+    with _lock:
+        if not _everywhere:
+            _install()
+            _everywhere = True
+
+
+def disable() -> None:
+    """Undo `enable`: transformers is as it was. Calling it twice changes nothing."""
+    global _everywhere
+    with _lock:
+        if _everywhere:
+            _everywhere = False
+            _remove()
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """`enable` within a `with` block; what was enabled before stays so after."""
+    before = _everywhere
+    enable()
+    try:
+        yield
+    finally:
+        if not before:
+            disable()
+
+
+@contextmanager
+def inside() -> Iterator[None]:
+    """Decode transformers' models with unspool within a `with` block, in this thread alone."""
+    if "transformers" not in sys.modules:  # nobody's model can be one
+        yield
+        return
+    with _lock:
+        _install()
+    token = _here.set(True)
+    try:
+        yield
+    finally:
+        _here.reset(token)
+        with _lock:
+            _remove()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module has no `generate()` but transformers' own, so that ours can stand in for it."""
+    if "generate" in vars(module):
+        return False
+    found = getattr(type(module), "generate", None)
+    theirs = (_originals.get("generate"), getattr(_base(), "generate", None))
+    return found is None or (found in theirs and _own(module, _OWN_WAY) is None)
+
+
+def _base() -> Any:
+    """transformers' `GenerationMixin`, where that is loaded."""
+    return getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+
+
+def _own(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of `names` that a model defines anew, over transformers' `GenerationMixin`."""
+    base = _base()
+    kinds = type(module).__mro__[: type(module).__mro__.index(base)] if base in type(module).__mro__ else ()
+    return next((name for name in names if any(name in vars(kind) for kind in kinds)), None)
+
+
+def _install() -> None:
+    global _users
+    _users += 1
+    if _users > 1:
+        return
+    try:
+        base = import_module("transformers.generation.utils").GenerationMixin
+    except ImportError as error:
+        _users -= 1
+        raise Unsupported("transformers is not installed: pip install 'unspool[transformers]'") from error
+    for name in _METHODS:
+        _originals[name] = vars(base)[name]
+        setattr(base, name, _replacement(name, _originals[name]))
+
+
+def _remove() -> None:
+    global _users
+    _users -= 1
+    if _users == 0:
+        base = _base()
+        for name in _METHODS:
+            setattr(base, name, _originals.pop(name))
+
+
+def _wanted() -> bool:
+    return _everywhere or _here.get()
+
+
+def _replacement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for one of transformers' methods; it outlives the patch in calls that have begun."""
+    run = _generate if name == "generate" else _decode
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _wanted():
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        del given["self"]
+        found = run(self, given, name)
+        return original(self, *args, **kwargs) if found is None else found
+
+    return method
+
+
+def _generate(module: Any, given: dict[str, Any], name: str) -> Any:
+    """A whole call; `None` leaves it to transformers."""
+    from unspool.interop.wrap import Wrapped
+
+    rest = given.pop("kwargs", {})
+    reason = _declined(module, given, rest)
+    if reason is not None:
+        return note(type(module).__name__, reason)
+    rest.pop("trust_remote_code", None)
+    return _theirs_alone(GenerationMixin.generate(Wrapped(module), **given, **rest))
+
+
+def _decode(module: Any, given: dict[str, Any], name: str) -> Any:
+    """A call that transformers prepared; `None` leaves it to transformers."""
+    own = _own(module, _OWN_LOOP)
+    reason = inner.declined(given) if own is None else f"it has a {own}() of its own"
+    if reason is not None:
+        return note(type(module).__name__, reason)
+    return _theirs_alone(inner.decode(module, given, beams=name == "_beam_search"))
+
+
+def _theirs_alone(result: Any) -> Any:
+    """A result with the fields that transformers gives it: its callers may walk over all of them."""
+    if isinstance(result, Tensor):
+        return result
+    theirs = getattr(sys.modules["transformers.generation.utils"], type(result).__name__)
+    known = {one.name for one in fields(theirs)}
+    return type(result)(**{one.name: getattr(result, one.name) for one in fields(result) if one.name in known})
+
+
+def _declined(module: Any, given: dict[str, Any], rest: dict[str, Any]) -> str | None:
+    """Why a call is left to transformers' own `generate()`; `None` when it is not."""
+    own = _own(module, _OWN_WAY)
+    if own is not None:
+        return f"it has a {own}() of its own"
+    if rest.get("cache_implementation") == "paged":
+        return "cache_implementation='paged' asks for transformers' continuous batching"
+    try:
+        refuse_arguments(given)
+        config = resolve(rest, given.get("generation_config"), getattr(module, "generation_config", None)).config
+        refuse_modes(config)
+    except Unsupported as error:
+        return str(error)
+    mode = mode_of(config, given.get("assistant_model") is not None)
+    if mode is GenerationMode.ASSISTED_GENERATION and not RowsBackend.abilities.drafts:
+        return "drafts need a model that can take back tokens of single rows"
+    return None

@@ -1,0 +1,314 @@
+"""`unspool.wrap` and `unspool.enable`: code written for transformers, decoded by our loop, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import make_model
+from torch import Tensor
+from transformers.generation import utils as theirs
+
+import unspool
+from unspool.bridge.rows import RowsRunner
+
+ORIGINALS = {name: vars(theirs.GenerationMixin)[name] for name in ("generate", "_sample", "_beam_search")}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the steps that our loop runs."""
+    counted: list[int] = []
+    original = RowsRunner.run
+
+    def run(self: RowsRunner, *args: Any) -> Any:
+        counted.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(RowsRunner, "run", run)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("llama")
+
+
+def prompts(rows: int = 2) -> dict[str, Tensor]:
+    ids = torch.randint(3, 97, (rows, 6), generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def patched() -> list[bool]:
+    return [vars(theirs.GenerationMixin)[name] is not original for name, original in ORIGINALS.items()]
+
+
+def test_wrapping_shows_the_module_and_changes_nothing(model: Any) -> None:
+    before = dict(vars(model))
+    wrapped = unspool.wrap(model)
+    assert unspool.wrap(wrapped) is wrapped
+    assert wrapped.config is model.config
+    assert wrapped.device == model.device
+    assert torch.equal(wrapped(**prompts()).logits, model(**prompts()).logits)
+    wrapped.generate(**prompts(), max_new_tokens=3, num_beams=2)
+    assert vars(model) == before
+    assert "forward" in dir(wrapped)
+    wrapped.favourite = 3
+    assert model.favourite == 3
+    del wrapped.favourite
+    assert not hasattr(model, "favourite")
+    assert wrapped.eval() is wrapped
+    assert isinstance(copy.deepcopy(wrapped), unspool.interop.Wrapped)
+    with pytest.raises(TypeError, match=r"torch.nn.Module, not str"):
+        unspool.wrap("gpt2")  # type: ignore[arg-type]
+
+
+def test_enabling_and_disabling(model: Any, steps: list[int]) -> None:
+    expected = model.generate(**prompts(), max_new_tokens=4)
+    with unspool.enabled():
+        assert all(patched())
+        assert torch.equal(model.generate(**prompts(), max_new_tokens=4), expected)
+        assert len(steps) == 4
+        with unspool.enabled():
+            pass
+        assert all(patched())
+    assert not any(patched())
+    unspool.enable()
+    unspool.enable()
+    model.generate(**prompts(), max_new_tokens=4)
+    assert len(steps) == 8
+    unspool.disable()
+    unspool.disable()
+    assert not any(patched())
+    model.generate(**prompts(), max_new_tokens=4)
+    assert len(steps) == 8
+
+
+def test_an_error_inside_restores_too(model: Any) -> None:
+    with pytest.raises(ValueError, match="num_beams"), unspool.enabled():
+        model.generate(**prompts(), num_beams=0)
+    assert not any(patched())
+
+
+def test_wrapping_is_felt_by_no_other_thread(steps: list[int]) -> None:
+    """A wrapped model with a generate() of its own patches transformers for its call, and for its thread alone."""
+    other = make_model("gpt2")
+    seen: list[bool] = []
+
+    class Own(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            before = len(steps)
+            thread = threading.Thread(target=lambda: other.generate(**prompts(), max_new_tokens=3))
+            thread.start()
+            thread.join()
+            seen.append(len(steps) == before)
+            return super().generate(*args, **kwargs)
+
+    base = make_model("llama")
+    own = Own(base.config).eval()
+    own.load_state_dict(base.state_dict())
+    own.generation_config = base.generation_config
+    found = unspool.wrap(own).generate(**prompts(), max_new_tokens=3)
+    assert torch.equal(found, base.generate(**prompts(), max_new_tokens=3))
+    assert seen == [True]
+    assert len(steps) == 3
+    assert not any(patched())
+
+
+def test_their_objects_are_taken(model: Any, steps: list[int]) -> None:
+    """transformers' own settings, processors, criteria, streamers and caches; results are of its classes."""
+
+    class Heard(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.parts: list[list[int]] = []
+            self.ends = 0
+
+        def put(self, value: Tensor) -> None:
+            self.parts.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ends += 1
+
+    def arguments() -> dict[str, Any]:
+        return {
+            **prompts(1),
+            "generation_config": transformers.GenerationConfig(
+                max_new_tokens=12, do_sample=True, top_k=40, return_dict_in_generate=True, output_scores=True
+            ),
+            "logits_processor": transformers.LogitsProcessorList(
+                [transformers.MinLengthLogitsProcessor(9, eos_token_id=7)]
+            ),
+            "stopping_criteria": transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(max_length=15)]),
+            "past_key_values": transformers.DynamicCache(config=model.config),
+        }
+
+    heard = [Heard(), Heard()]
+    torch.manual_seed(1)
+    expected = model.generate(**arguments(), streamer=heard[0])
+    with unspool.enabled():
+        torch.manual_seed(1)
+        found = model.generate(**arguments(), streamer=heard[1])
+    assert steps
+    assert isinstance(found, transformers.generation.GenerateDecoderOnlyOutput)
+    assert isinstance(found, transformers.utils.ModelOutput)
+    assert isinstance(found.past_key_values, transformers.DynamicCache)
+    assert found.keys() == expected.keys()
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert heard[0].parts == heard[1].parts
+    assert heard[0].ends == heard[1].ends == 1
+
+
+def test_pipeline(tiny_llama_dir: Any, steps: list[int]) -> None:
+    pipe = transformers.pipeline("text-generation", model=str(tiny_llama_dir), device="cpu")
+    texts = ["Once upon a time", "The fox"]
+    expected = pipe(texts, max_new_tokens=6, do_sample=False, batch_size=2)
+    with unspool.enabled():
+        assert pipe(texts, max_new_tokens=6, do_sample=False, batch_size=2) == expected
+    assert steps
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT's, in both calls
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_peft(kind: str, beams: int, steps: list[int]) -> None:
+    import peft
+
+    torch.manual_seed(0)
+    config: Any = {
+        "lora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }[kind]()
+    config.task_type = "CAUSAL_LM"
+    model = peft.get_peft_model(make_model("llama"), config).eval()
+    arguments = {**prompts(), "max_new_tokens": 5, "num_beams": beams}
+    expected = model.generate(**arguments)
+    assert torch.equal(unspool.wrap(model).generate(**arguments), expected)
+    wrapped = len(steps)
+    assert wrapped
+    with unspool.enabled():
+        assert torch.equal(model.generate(**arguments), expected)
+    assert len(steps) == 2 * wrapped
+    if kind == "lora":
+        ids = arguments["input_ids"]
+        assert torch.equal(unspool.wrap(model).generate(ids, max_new_tokens=5, num_beams=beams), expected)
+        with model.disable_adapter():
+            base = unspool.wrap(model).generate(**arguments)
+        assert not torch.equal(base, expected)
+
+
+def test_adapter_names_by_row(steps: list[int]) -> None:
+    import peft
+
+    torch.manual_seed(0)
+    made = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model("llama"), made).eval()
+    model.add_adapter("other", made)
+    arguments = {**prompts(3), "max_new_tokens": 5, "adapter_names": ["default", "other", "__base__"]}
+    expected = model.generate(**arguments)
+    assert torch.equal(unspool.wrap(model).generate(**arguments), expected)
+    assert steps
+
+
+def test_several_codebooks(steps: list[int]) -> None:
+    """MusicGen brings a generate() of its own, whose rows are codebooks; our loop decodes inside."""
+    torch.manual_seed(0)
+    text = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    decoder = transformers.models.musicgen.MusicgenDecoderConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, num_codebooks=4,
+        pad_token_id=64, bos_token_id=64, max_position_embeddings=64,
+    )  # fmt: skip
+    codec = transformers.EncodecConfig(
+        sampling_rate=16000, num_filters=4, hidden_size=16, codebook_size=64, codebook_dim=16, num_lstm_layers=1,
+        upsampling_ratios=[2, 2], target_bandwidths=[300.0], use_causal_conv=False,
+    )  # fmt: skip
+    config = transformers.MusicgenConfig(text_encoder=text, audio_encoder=codec, decoder=decoder)
+    model = transformers.MusicgenForConditionalGeneration(config).eval()
+    for parameter in model.decoder.parameters():
+        if parameter.ndim > 1:
+            parameter.data += torch.randn(parameter.shape) * 0.3
+    model.generation_config.decoder_start_token_id = 64
+    model.generation_config.pad_token_id = 64
+    model.generation_config.guidance_scale = None
+    arguments: dict[str, Any] = {**prompts(), "max_new_tokens": 7, "return_dict_in_generate": True}
+    torch.manual_seed(2)
+    expected = model.generate(**arguments, do_sample=True)
+    torch.manual_seed(2)
+    found = unspool.wrap(model).generate(**arguments, do_sample=True)
+    assert steps
+    torch.testing.assert_close(found.sequences, expected.sequences)
+
+
+def test_what_is_not_ours_is_left_to_them(model: Any, steps: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    class Custom(Exception):
+        pass
+
+    def own(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        raise Custom
+
+    with caplog.at_level(logging.INFO, "unspool"), unspool.enabled(), pytest.raises(Custom):
+        model.generate(**prompts(), custom_generate=own, max_new_tokens=3)
+    assert steps == []
+    assert "decoded by transformers' own loop" in caplog.text
+
+
+def test_a_training_step_after_a_call_is_the_same() -> None:
+    def step(model: Any) -> list[Tensor]:
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(**prompts(), labels=prompts()["input_ids"]).loss.backward()
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    fresh, used = make_model("mistral"), make_model("mistral")
+    with unspool.enabled():
+        used.generate(**prompts(), max_new_tokens=4)
+        used.generate(**prompts(), max_new_tokens=4, num_beams=2)
+    assert all(torch.equal(a, b) for a, b in zip(step(fresh), step(used), strict=True))
+
+
+def test_inputs_embeds(model: Any) -> None:
+    made = prompts()
+    embeds = model.get_input_embeddings()(made["input_ids"])
+    for arguments in (
+        {"inputs_embeds": embeds},
+        {"inputs_embeds": embeds, "attention_mask": made["attention_mask"], "num_beams": 2},
+        {"inputs_embeds": embeds, "input_ids": made["input_ids"], "max_length": None, "repetition_penalty": 1.2},
+    ):
+        expected = model.generate(**arguments, max_new_tokens=5)
+        assert torch.equal(unspool.wrap(model).generate(**arguments, max_new_tokens=5), expected)
+
+
+def test_inputs_embeds_and_max_length(model: Any) -> None:
+    embeds = model.get_input_embeddings()(prompts()["input_ids"])
+    expected = model.generate(inputs_embeds=embeds, max_length=9)
+    assert torch.equal(unspool.wrap(model).generate(inputs_embeds=embeds, max_length=9), expected)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding_window", "offloaded", "quantized", "offloaded_static"])
+def test_cache_kinds(model: Any, kind: str) -> None:
+    expected = model.generate(**prompts(), max_new_tokens=6)
+    found = unspool.wrap(model).generate(**prompts(), max_new_tokens=6, cache_implementation=kind)
+    assert torch.equal(found, expected)
+
+
+def test_chunked_prompts(model: Any) -> None:
+    expected = model.generate(**prompts(), max_new_tokens=5)
+    assert torch.equal(unspool.wrap(model).generate(**prompts(), max_new_tokens=5, prefill_chunk_size=4), expected)
+
+
+def test_mistakes_are_named(model: Any) -> None:
+    wrapped = unspool.wrap(model)
+    with pytest.raises(ValueError, match="temprature"):
+        wrapped.generate(**prompts(), temprature=2)
+    with pytest.raises(ValueError, match="exclude each other"):
+        wrapped.generate(**prompts(), past_key_values=unspool.DynamicCache(), cache_implementation="static")
+    with pytest.raises(unspool.Unsupported, match="cache_implementation='paged'"):
+        wrapped.generate(**prompts(), cache_implementation="paged")
