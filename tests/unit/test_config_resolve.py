@@ -55,6 +55,7 @@ def test_custom_entries_of_the_model_can_be_set_by_the_call() -> None:
         ({"num_beam_groups": 2, "num_beams": 3}, "multiple of num_beam_groups"),
         ({"num_beam_groups": 2, "num_beams": 4}, "diversity_penalty above 0"),
         ({"num_beam_groups": 2, "num_beams": 4, "do_sample": True}, "do_sample"),
+        ({"diversity_penalty": 1.0, "num_beams": 4}, "diversity_penalty=1.0 needs num_beam_groups"),
         ({"force_words_ids": [[1]]}, "num_beams to be at least 2"),
         ({"force_words_ids": [[1]], "num_beams": 2, "do_sample": True}, "do_sample to be False"),
         ({"top_p": 2.0}, "top_p"),
@@ -70,6 +71,13 @@ def test_a_models_bad_sampling_value_counts_only_when_sampling() -> None:
     assert resolve({}, None, model).config.do_sample is False
     with pytest.raises(ValueError, match="top_p"):
         resolve({"do_sample": True}, None, model)
+
+
+def test_a_models_penalty_without_groups_is_left_alone() -> None:
+    model = GenerationConfig.from_dict({"diversity_penalty": 1.0})
+    assert resolve({"num_beams": 4}, None, model).config.num_beams == 4
+    grouped = resolve({"num_beams": 4, "num_beam_groups": 2}, None, model).config
+    assert grouped.diversity_penalty == 1.0
 
 
 def test_remarks_only_about_what_the_caller_set(caplog: pytest.LogCaptureFixture) -> None:

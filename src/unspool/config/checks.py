@@ -172,8 +172,12 @@ def check_values(settings: GenerationFields, caller: Collection[str] | None, *, 
             raise ValueError(f"{name} is no setting of GenerationConfig; pass it to generate() itself")
 
 
-def check_complete(settings: GenerationFields) -> None:
+def check_complete(settings: GenerationFields, caller: Collection[str]) -> None:
     """Raise for contradictions that only show once every field has its value.
+
+    Args:
+        settings: The resolved configuration.
+        caller: The fields that the caller set; a penalty without groups in a model's file is left alone.
 
     Raises:
         ValueError: beams and groups do not fit, or a strategy lacks what it needs.
@@ -187,7 +191,7 @@ def check_complete(settings: GenerationFields) -> None:
             raise ValueError("num_beam_groups > 1 does not go with do_sample=True; leave one of them out")
         if not settings.diversity_penalty:
             raise ValueError("num_beam_groups > 1 needs a diversity_penalty above 0, else all groups are the same")
-    elif settings.diversity_penalty:
+    elif settings.diversity_penalty and "diversity_penalty" in caller:
         raise ValueError(
             f"diversity_penalty={settings.diversity_penalty} needs num_beam_groups of at least 2, and num_beams to "
             "divide among them"

@@ -98,8 +98,9 @@ def resolve(
             setattr(config, key, defaults[key])
             sources[key] = "default"
     config._sources, config._original_object_hash = sources, None
-    config.validate(user_set_attributes={*used, *_set_by_hand(passed)})
-    check_complete(config)
+    caller = {*used, *_set_by_hand(passed)}
+    config.validate(user_set_attributes=caller)
+    check_complete(config, caller)
     unused = {key: value for key, value in call_kwargs.items() if key not in used}
     return Resolved(config, unused, sources)
 
