@@ -116,6 +116,7 @@ class Call:
         past: stored keys and values of an earlier call, or `None`.
         foreign: processors or criteria of the caller's own take part.
         assistant: the draft model, or `None`.
+        negative: the negative prompts of all rows and their mask, when guidance adds rows for them.
         kept: scores and logits that were asked for.
         tracer: takes attentions and hidden states, or `None`.
     """
@@ -131,6 +132,7 @@ class Call:
     past: Any
     foreign: bool
     assistant: Assistant | None = None
+    negative: tuple[Tensor, Tensor] | None = None
     kept: Kept = field(init=False)
     tracer: Tracer | None = field(init=False)
 

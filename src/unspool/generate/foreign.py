@@ -30,6 +30,7 @@ class ForeignSource:
     """See `generate.reading.Source`. The steps and their order are those of transformers' `generate()`."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.foreign = Foreign(module)
         self.device = self.foreign.device
         self.vocab_size: int | None = self.foreign.entry("vocab_size")

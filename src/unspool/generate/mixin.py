@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as Items
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +14,21 @@ from unspool.errors import Unsupported
 from unspool.generate.beams import beam_filler
 from unspool.generate.call import Assistant, Call
 from unspool.generate.foreign import ForeignSource
-from unspool.generate.inputs import end_tokens
+from unspool.generate.guidance import read_negative
+from unspool.generate.inputs import Prompts, end_tokens
 from unspool.generate.native import NativeBackend, NativeSource
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Source
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
 from unspool.generate.stream import Stream
-from unspool.logits import build_processors
+from unspool.logits import (
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    build_processors,
+    is_guided,
+)
+from unspool.logits.base import ProcessorLike
+from unspool.logits.guidance import GuidanceLogitsProcessor
 from unspool.models.base import Model
 from unspool.stopping import build_limits
 
@@ -67,6 +75,8 @@ class GenerationMixin:
                 checks several at a time: the same text, sooner. How much is drafted: `num_assistant_tokens`,
                 `num_assistant_tokens_schedule` and `assistant_confidence_threshold`, of this call or else of its own
                 generation config.
+            negative_prompt_ids: `[rows, columns]` (or one row for all) what `guidance_scale` steers away from, with
+                `negative_prompt_attention_mask`; by default the last token of each prompt.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
                 `tokenizer` (for `stop_strings`, `json_schema`, `regex` and `grammar`).
@@ -85,8 +95,6 @@ class GenerationMixin:
         """
         refuse_arguments(
             {
-                "negative_prompt_ids": negative_prompt_ids,
-                "negative_prompt_attention_mask": negative_prompt_attention_mask,
                 "custom_generate": custom_generate,
                 "synced_gpus": synced_gpus,
             }
@@ -94,15 +102,16 @@ class GenerationMixin:
         resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
         arguments = Arguments(inputs, resolved.unused)
         try:
-            call = self._prepare(
-                arguments,
-                resolved,
+            given = _Given(
                 logits_processor,
                 stopping_criteria,
                 prefix_allowed_tokens_fn,
-                streamer,
                 assistant_model,
+                streamer,
+                negative_prompt_ids,
+                negative_prompt_attention_mask,
             )
+            call = self._prepare(arguments, resolved, given)
             result = run(call)
         except BaseException as error:
             fail = getattr(streamer, "fail", None)
@@ -123,16 +132,7 @@ class GenerationMixin:
         """Score of each generated token; see `unspool.generate.scores.compute_transition_scores`."""
         return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
 
-    def _prepare(
-        self,
-        arguments: Arguments,
-        resolved: Resolved,
-        logits_processor: Items[Any] | None,
-        stopping_criteria: Items[Any] | None,
-        prefix_allowed_tokens_fn: PrefixFn | None,
-        streamer: Any,
-        assistant_model: Any,
-    ) -> Call:
+    def _prepare(self, arguments: Arguments, resolved: Resolved, given: _Given) -> Call:
         """Settle everything that can be wrong before any work is done."""
         source = self._source()
         config = resolved.config
@@ -148,17 +148,19 @@ class GenerationMixin:
             resolved, columns, max_positions=source.max_positions, beyond=source.beyond, embeds_length=reading.embeds
         )
         config.max_length, config.min_length = lengths.max_length, lengths.min_length
+        guidance, negative = _guidance(config, source, prompts, copies, given)
         processors = build_processors(
             config,
             prompt_length=columns,
             eos_token_id=torch.tensor(eos, device=source.device) if eos else None,
             device=source.device,
-            custom=logits_processor,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            custom=given.logits_processor,
+            prefix_allowed_tokens_fn=given.prefix_allowed_tokens_fn,
             encoder_input_ids=reading.encoder_ids,
             padding_lengths=reading.padding,
             tokenizer=arguments.tokenizer,
             vocab_size=source.vocab_size,
+            guidance=guidance,
         )
         filler = beam_filler(config, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
         return Call(
@@ -171,14 +173,15 @@ class GenerationMixin:
                 config,
                 eos=eos,
                 max_positions=source.max_positions,
-                custom=stopping_criteria,
+                custom=given.stopping_criteria,
                 tokenizer=arguments.tokenizer,
             ),
             filler=filler,
-            stream=None if streamer is None else Stream(streamer, reading.seen if beams > 1 else prompts),
+            stream=None if given.streamer is None else Stream(given.streamer, reading.seen if beams > 1 else prompts),
             past=reading.past,
-            foreign=bool(logits_processor or stopping_criteria or prefix_allowed_tokens_fn),
-            assistant=None if assistant_model is None else _read_assistant(assistant_model, source.vocab_size),
+            foreign=bool(given.logits_processor or given.stopping_criteria or given.prefix_allowed_tokens_fn),
+            assistant=None if given.assistant is None else _read_assistant(given.assistant, source.vocab_size),
+            negative=negative,
         )
 
     def _source(self) -> Source:
@@ -190,10 +193,38 @@ class GenerationMixin:
         raise TypeError(f"GenerationMixin goes in front of a torch.nn.Module, which {type(self).__name__} is not")
 
 
+@dataclass(slots=True)
+class _Given:
+    """The arguments of a call that are objects of the caller's."""
+
+    logits_processor: Items[Any] | None
+    stopping_criteria: Items[Any] | None
+    prefix_allowed_tokens_fn: PrefixFn | None
+    assistant: Any
+    streamer: Any
+    negative_ids: Tensor | None
+    negative_mask: Tensor | None
+
+
+def _guidance(
+    config: GenerationConfig, source: Source, prompts: Prompts, copies: int, given: _Given
+) -> tuple[ProcessorLike | None, tuple[Tensor, Tensor] | None]:
+    """What guides the scores, and the negative prompts that rows are added for, when guidance is asked for."""
+    if not is_guided(config):
+        return None, None
+    scale = float(config.guidance_scale or 1.0)
+    ids, mask = read_negative(given.negative_ids, given.negative_mask, prompts, copies)
+    if source.module is None:
+        return GuidanceLogitsProcessor(scale), (ids, mask)
+    own = given.negative_ids is None
+    processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        scale, source.module, None if own else ids, None if own else mask, config.use_cache
+    )
+    return processor, None
+
+
 # Arguments of `generate()` that are still to come.
 _ARGUMENTS = (
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
     "custom_generate",
     "synced_gpus",
 )
@@ -211,7 +242,6 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 _MODES: dict[str, Any] = {
     "penalty_alpha": None,
     "dola_layers": None,
-    "guidance_scale": None,
     "token_healing": False,
 }
 

@@ -123,6 +123,8 @@ class FirstLayers:
 class NativeSource:
     """See `generate.reading.Source`."""
 
+    module = None
+
     def __init__(self, model: Model) -> None:
         spec = model.spec
         self.model = model

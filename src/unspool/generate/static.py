@@ -17,8 +17,10 @@ from unspool.decode.sequence import Sequence
 from unspool.generate.assisted import set_up_assisted
 from unspool.generate.beams import set_up_beams
 from unspool.generate.call import Call, Setup
+from unspool.generate.guidance import guided
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.sampling import set_up_sampling
+from unspool.logits.guidance import GuidanceLogitsProcessor
 
 _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
     GenerationMode.GREEDY_SEARCH: set_up_sampling,
@@ -34,6 +36,9 @@ _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
 def run(call: Call) -> Tensor | GenerateOutput:
     """Generate: `[rows, columns]` ids, or the output object when `return_dict_in_generate` is set."""
     setup = _SET_UP[mode_of(call.config, assisted=call.assistant is not None)](call)
+    if call.negative is not None:
+        guidance = next(processor for processor in call.processors if isinstance(processor, GuidanceLogitsProcessor))
+        setup = guided(setup, call, guidance, *call.negative)
     rows = setup.group.rows
     runner = call.backend.runner(rows, call.copies, call.steps, call.past, forks=setup.forks)
     scheduler = StaticScheduler(

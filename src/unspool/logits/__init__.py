@@ -26,6 +26,7 @@ from unspool.logits.forced import (
     SuppressTokensLogitsProcessor,
 )
 from unspool.logits.grammar import GrammarLogitsProcessor
+from unspool.logits.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from unspool.logits.length import (
     ExponentialDecayLengthPenalty,
     MinLengthLogitsProcessor,
@@ -33,7 +34,7 @@ from unspool.logits.length import (
 )
 from unspool.logits.ngram import EncoderNoRepeatNGramLogitsProcessor, NoRepeatNGramLogitsProcessor
 from unspool.logits.penalties import EncoderRepetitionPenaltyLogitsProcessor, RepetitionPenaltyLogitsProcessor
-from unspool.logits.pipeline import build_processors, warped_again
+from unspool.logits.pipeline import build_processors, is_guided, warped_again
 from unspool.logits.sanity import InfNanRemoveLogitsProcessor, LogitNormalization
 from unspool.logits.warpers import (
     EpsilonLogitsWarper,
@@ -98,6 +99,7 @@ __all__ = [
     "TopKLogitsWarper",
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "WatermarkDetector",
     "WatermarkDetectorOutput",
     "WatermarkLogitsProcessor",
@@ -106,5 +108,6 @@ __all__ = [
     "as_columns",
     "build_processors",
     "run_column",
+    "is_guided",
     "warped_again",
 ]

@@ -242,3 +242,8 @@ def _below_best(scores: Tensor, count: int) -> Tensor:
     if count == 1:
         return scores < scores.amax(dim=-1, keepdim=True)
     return scores < torch.topk(scores, min(count, scores.shape[-1]))[0][..., -1:]
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Log probabilities `[rows, vocab]` moved from the unconditional ones by `scale` times the difference."""
+    return scale * (conditional - unconditional) + unconditional

@@ -62,6 +62,7 @@ def build_processors(
     padding_lengths: Tensor | None = None,
     tokenizer: Any = None,
     vocab_size: int | None = None,
+    guidance: ProcessorLike | None = None,
 ) -> LogitsProcessorList:
     """The processors a config asks for, with a caller's own, in the order transformers applies them.
 
@@ -78,6 +79,7 @@ def build_processors(
             lets it see them, as transformers did up to 5.2.
         tokenizer: the model's; needed for `json_schema`, `regex` and `grammar` only.
         vocab_size: of the model; needed for a watermark, and for a grammar where it is more than the tokenizer's.
+        guidance: what `guidance_scale` comes to; it needs the model, so the front end makes it.
 
     Returns:
         Processors, then the grammar mask, then (when `do_sample`) warpers, then a watermark, then normalisation.
@@ -86,11 +88,12 @@ def build_processors(
     Raises:
         ValueError: a setting is out of its range, or needs an eos id, a tokenizer or a vocabulary size that is not
             there; or a structure cannot be compiled (see `compile_structure`).
-        Unsupported: guidance is asked for.
+        Unsupported: guidance is asked for and not given.
     """
-    _refuse_unsupported(config)
+    if is_guided(config) and guidance is None:
+        raise Unsupported(f"`guidance_scale` (={config.guidance_scale}) is not supported here; leave it None or set 1.")
     eos = eos_token_id
-    configured = LogitsProcessorList()
+    configured = LogitsProcessorList([] if guidance is None else [guidance])
     configured += _history_processors(config, prompt_length, eos, encoder_input_ids, padding_lengths)
     configured += _length_processors(config, prompt_length, eos, device)
     if prefix_allowed_tokens_fn is not None:
@@ -126,9 +129,9 @@ def warped_again(processors: LogitsProcessorList, config: GenerationConfig) -> L
     return LogitsProcessorList([*processors, *again])
 
 
-def _refuse_unsupported(config: GenerationConfig) -> None:
-    if config.guidance_scale is not None and config.guidance_scale != 1:
-        raise Unsupported(f"`guidance_scale` (={config.guidance_scale}) is not supported yet; leave it None or set 1.")
+def is_guided(config: GenerationConfig) -> bool:
+    """Whether `guidance_scale` changes anything."""
+    return config.guidance_scale is not None and config.guidance_scale != 1
 
 
 def _history_processors(
