@@ -67,6 +67,7 @@ MODES = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "beam sampling": {"num_beams": 3, "num_return_sequences": 2, "do_sample": True, "seed": 1},
     "beams in groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4},
     "scores kept": {"output_scores": True},
     "chunked prompt": {"prefill_chunk_size": 3},
 }
@@ -192,6 +193,14 @@ def test_a_row_writes_the_same_alone_and_in_company(storyteller: tuple[Any, Any]
     alone = [texts_of(storyteller, [prompt], json_schema=ANSWER, **mode)[0] for prompt in [*PROMPTS, "Hello, said the"]]
     assert together == alone
     assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 4}])
+def test_drafts_change_nothing(storyteller: tuple[Any, Any], sampling: dict[str, Any]) -> None:
+    plain = texts_of(storyteller, json_schema=ANSWER, **sampling)
+    assert texts_of(storyteller, json_schema=ANSWER, prompt_lookup_num_tokens=3, **sampling) == plain
+    draft, _ = unspool.load("storyteller-draft", dtype=torch.float32)
+    assert texts_of(storyteller, json_schema=ANSWER, assistant_model=draft, **sampling) == plain
 
 
 def test_special_tokens_are_not_text(storyteller: tuple[Any, Any]) -> None:

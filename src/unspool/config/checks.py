@@ -56,6 +56,7 @@ RANGES: dict[str, Check] = {
     "encoder_no_repeat_ngram_size": Check(int, 0),
     "guidance_scale": Check(float),
     "num_return_sequences": Check(int, 1),
+    "output_top_logprobs": Check(int, 1, hint="None switches it off"),
     "pad_token_id": Check(int),
     "bos_token_id": Check(int),
     "forced_bos_token_id": Check(int),
@@ -267,8 +268,8 @@ def _idle_outputs(settings: GenerationFields, strict: bool) -> dict[str, str]:
     off = settings.return_dict_in_generate is not True if strict else settings.return_dict_in_generate is False
     return {
         name: f"{name} has no effect without return_dict_in_generate=True"
-        for name in _OUTPUTS
-        if off and getattr(settings, name) is True
+        for name in (*_OUTPUTS, "output_top_logprobs")
+        if off and getattr(settings, name)
     }
 
 

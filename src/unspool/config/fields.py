@@ -147,6 +147,9 @@ class GenerationFields:
     """Return the scores of each step after the processors. Default `False`."""
     output_logits: bool | None = None
     """Return the scores of each step as the model gave them."""
+    output_top_logprobs: int | None = None
+    """Return each step's so many likeliest tokens, by the scores after the processors, and the chosen token's log
+    probability. Costs a few numbers a token, where `output_scores` keeps the whole vocabulary's."""
     return_dict_in_generate: bool | None = None
     """Return an object with the outputs asked for instead of the tokens alone. Default `False`."""
 

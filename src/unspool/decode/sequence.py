@@ -63,6 +63,8 @@ class Choice:
         ended: `[rows]` bool, rows that the chooser itself ends; `None` where that is the sink's decision alone.
         counts: tokens decided for each row, side by side in `tokens`: a draft's accepted ones and the one after them.
             `None` where it is one each. Needs every step committed before the next is planned.
+        candidates: `[candidates]` int64, `place * vocab + token` of all continuations that may be in a result, where
+            those are more than the `tokens`; `None` where they are not, or no scores are kept.
     """
 
     tokens: Tensor
@@ -71,6 +73,7 @@ class Choice:
     parents: Tensor | None = None
     ended: Tensor | None = None
     counts: list[int] | None = None
+    candidates: Tensor | None = None
 
 
 class Chooser(Protocol):

@@ -23,6 +23,7 @@ from unspool.generate.outputs import Draft, GenerateDecoderOnlyOutput
 from unspool.generate.recorder import refuse_nothing
 from unspool.generate.sampling import sequences
 from unspool.generate.stream import Stream
+from unspool.generate.tops import Tops
 from unspool.logits import warped_again
 from unspool.stopping import Limits
 
@@ -39,6 +40,7 @@ class RaggedRecorder:
         stream: the streamer's entrance, or `None`.
         find_fault: names the first layer whose output is not finite for a row, for the error message.
         scores, logits: per row, one `[vocab]` for each of its new tokens; `None` when they are not wanted.
+        tops: the likeliest tokens, where they are asked for.
         rounds: per row, every draft that was checked.
     """
 
@@ -51,6 +53,7 @@ class RaggedRecorder:
     find_fault: Callable[[Sequence], str]
     scores: list[list[Tensor]] | None
     logits: list[list[Tensor]] | None
+    tops: Tops | None
     rounds: list[list[Draft]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +81,9 @@ class RaggedRecorder:
             for kept, made in ((self.scores, choice.scores), (self.logits, choice.logits)):
                 if kept is not None and made is not None:
                     kept[row.row] += made[place : place + taken].unbind()
+            if self.tops is not None and choice.scores is not None:
+                made = choice.scores[place : place + taken]
+                self.tops.add([row.row] * taken, made, choice.tokens[first : first + taken])
             news[row.row] = row.tokens[known:]
             self._ended[row.row] = row.finish is not None
             first += count
@@ -130,6 +136,7 @@ def set_up_assisted(call: Call) -> Setup:
         call.backend.fault,
         None if call.kept.scores is None else [[] for _ in rows],
         None if call.kept.logits is None else [[] for _ in rows],
+        call.kept.tops,
     )
     noise = call.noise()
     drafter = _drafter(call, rows, columns, sink.room, noise)
@@ -139,7 +146,7 @@ def set_up_assisted(call: Call) -> Setup:
         noise,
         proposals=drafter.proposals if isinstance(drafter, ModelDrafter) else None,
         ensemble=call.config.assistant_ensemble_weight,
-        keep_scores=sink.scores is not None,
+        keep_scores=call.kept.needs_scores,
         keep_logits=sink.logits is not None,
     )
     group = Group(rows, chooser, sink, twins=call.twins(rows), drafter=drafter)
@@ -247,6 +254,7 @@ def _output(call: Call, rows: list[Sequence], sink: RaggedRecorder, runner: Runn
     made = sequences(call, rows)
     drafted = [sum(len(part.tokens) for part in rounds) for rounds in sink.rounds]
     accepted = [sum(part.accepted for part in rounds) for rounds in sink.rounds]
+    tops, chances = (None, None) if sink.tops is None else sink.tops.result()
     return GenerateDecoderOnlyOutput(
         sequences=made,
         scores=_by_step(sink.scores),
@@ -255,6 +263,8 @@ def _output(call: Call, rows: list[Sequence], sink: RaggedRecorder, runner: Runn
         finish_reasons=[row.finish or "length" for row in rows],
         acceptance_rate=sum(accepted) / max(1, sum(drafted)),
         drafts=[list(rounds) for rounds in sink.rounds],
+        top_logprobs=tops,
+        token_logprobs=chances,
     )
 
 

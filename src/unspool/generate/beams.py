@@ -70,7 +70,7 @@ def _chooser(call: Call) -> Beams:
     )
     tokens = torch.tensor(sorted(limits.eos), dtype=torch.int64, device=call.backend.device)
     end = Ends(tokens, limits.max_columns, limits.criteria, kept.scores)
-    keep = {"keep_scores": kept.scores is not None, "keep_logits": kept.logits is not None}
+    keep = {"keep_scores": kept.needs_scores, "keep_logits": kept.logits is not None}
     processors = call.processors or None
     if not _grouped(config):
         together = call.every_row or not limits.criteria.row_independent
@@ -129,7 +129,7 @@ class BeamRecorder:
             row.tokens.append(token)
             if ended:
                 row.finish = "stop"
-        self.kept.add(choice)
+        self.kept.add(choice, rows, [])
         if self.stream is not None:
             self._put(self.stream, rows)
 
@@ -162,6 +162,9 @@ def beam_output(
         "length" if length == full and tokens[length - 1] not in limits.eos else "stop"
         for tokens, length in zip(outputs, lengths, strict=True)
     ]
+    tops, chances = None, None
+    if kept.tops is not None:
+        tops, chances = kept.tops.of_beams(best.tokens.flatten(0, 1), best.origins.flatten(0, 1))
     return GenerateBeamDecoderOnlyOutput(
         sequences=beam_sequences(chooser, prompts, number),
         sequences_scores=best.scores.flatten().clone() if kept.scores is not None else None,
@@ -171,4 +174,6 @@ def beam_output(
         attentions=None if tracer is None or tracer.attentions is None else tuple(tracer.attentions),
         hidden_states=None if tracer is None or tracer.hidden_states is None else tuple(tracer.hidden_states),
         finish_reasons=reasons,
+        top_logprobs=tops,
+        token_logprobs=chances,
     )

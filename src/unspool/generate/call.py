@@ -17,6 +17,7 @@ from unspool.generate.inputs import Prompts
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.recorder import Kept, Tracer
 from unspool.generate.stream import Stream
+from unspool.generate.tops import Tops
 from unspool.logits import LogitsProcessorList
 from unspool.stopping import Limits
 
@@ -138,9 +139,11 @@ class Call:
 
     def __post_init__(self) -> None:
         config = self.config
+        number = config.output_top_logprobs
         self.kept = Kept(
             scores=[] if self.detailed and config.output_scores else None,
             logits=[] if self.detailed and config.output_logits else None,
+            tops=Tops(number, len(self.prompts.tokens)) if self.detailed and number else None,
         )
         heads, hidden = bool(config.output_attentions), bool(config.output_hidden_states)
         wanted = self.detailed and (heads or hidden) and self.backend.abilities.traces

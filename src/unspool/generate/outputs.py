@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from unspool.generate.tops import TopLogprobs
 from unspool.twins import seen_as
 
 
@@ -76,6 +77,9 @@ class GenerateDecoderOnlyOutput(ModelOutput):
         finish_reasons: per row, `"stop"` or `"length"`.
         acceptance_rate: accepted over drafted tokens, when drafts were checked.
         drafts: per row, the drafts that were checked.
+        top_logprobs: the likeliest tokens of each step, `values` and `ids` `[rows, new, k]`, by the processed scores,
+            with `output_top_logprobs=k`.
+        token_logprobs: `[rows, new]` log probability of each new token likewise, 0 past a row's end.
     """
 
     sequences: Tensor
@@ -87,6 +91,8 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     finish_reasons: list[str] | None = None
     acceptance_rate: float | None = None
     drafts: list[list[Draft]] | None = None
+    top_logprobs: TopLogprobs | None = None
+    token_logprobs: Tensor | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -108,6 +114,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
         past_key_values: `None` for native models: the rows that ran last need not be those that are returned. For other
             modules their cache, as transformers gives it.
         finish_reasons: per sequence, `"stop"` or `"length"`.
+        top_logprobs, token_logprobs: as in `GenerateDecoderOnlyOutput`, a row for each sequence.
     """
 
     sequences: Tensor
@@ -119,6 +126,8 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
     past_key_values: Any = None
     finish_reasons: list[str] | None = None
+    top_logprobs: TopLogprobs | None = None
+    token_logprobs: Tensor | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -133,6 +142,7 @@ class GenerateEncoderDecoderOutput(ModelOutput):
         decoder_hidden_states: per step and layer, `[rows, queries, hidden]`.
         past_key_values: the module's cache, with `use_cache=True`.
         finish_reasons: per row, `"stop"` or `"length"`.
+        top_logprobs, token_logprobs: as in `GenerateDecoderOnlyOutput`.
     """
 
     sequences: Tensor
@@ -145,6 +155,8 @@ class GenerateEncoderDecoderOutput(ModelOutput):
     decoder_hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
     past_key_values: Any = None
     finish_reasons: list[str] | None = None
+    top_logprobs: TopLogprobs | None = None
+    token_logprobs: Tensor | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -156,6 +168,7 @@ class GenerateBeamEncoderDecoderOutput(ModelOutput):
         encoder_attentions, encoder_hidden_states, decoder_attentions, cross_attentions, decoder_hidden_states,
             past_key_values: as in `GenerateEncoderDecoderOutput`, for the beam rows.
         finish_reasons: per sequence, `"stop"` or `"length"`.
+        top_logprobs, token_logprobs: as in `GenerateBeamDecoderOnlyOutput`.
     """
 
     sequences: Tensor
@@ -170,6 +183,8 @@ class GenerateBeamEncoderDecoderOutput(ModelOutput):
     decoder_hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
     past_key_values: Any = None
     finish_reasons: list[str] | None = None
+    top_logprobs: TopLogprobs | None = None
+    token_logprobs: Tensor | None = None
 
 
 GenerateOutput = (

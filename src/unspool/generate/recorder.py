@@ -13,6 +13,7 @@ from unspool.decode.choose.sample import Rectangle
 from unspool.decode.sequence import Choice, Sequence, Work
 from unspool.errors import NonFiniteLogits
 from unspool.generate.stream import Stream
+from unspool.generate.tops import Tops
 from unspool.stopping import Limits
 
 
@@ -22,9 +23,21 @@ class Kept:
 
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
+    tops: Tops | None = None
 
-    def add(self, choice: Choice) -> None:
-        """Keep what is asked for of one step's choice."""
+    @property
+    def needs_scores(self) -> bool:
+        """Whether choices must come with their scores."""
+        return self.scores is not None or self.tops is not None
+
+    def add(self, choice: Choice, rows: list[Sequence], live: list[int]) -> None:
+        """Keep what is asked for of one step's choice for `rows`; those at the places `live` had not ended before."""
+        if self.tops is not None and choice.scores is not None:
+            if choice.candidates is not None:
+                self.tops.add_candidates([row.row for row in rows], choice.scores, choice.candidates)
+            else:
+                some = slice(None) if len(live) == len(rows) else torch.tensor(live, device=choice.scores.device)
+                self.tops.add([rows[place].row for place in live], choice.scores[some], choice.tokens[some])
         if self.scores is not None and choice.scores is not None:
             self.scores.append(choice.scores)
         if self.logits is not None and choice.logits is not None:
@@ -66,7 +79,8 @@ class Recorder:
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """Append the step's tokens, end rows, stream; raises `NonFiniteLogits` for a row without a choice."""
-        live = [row for row in rows if row.finish is None]
+        places = [place for place, row in enumerate(rows) if row.finish is None]
+        live = [rows[place] for place in places]
         self._columns += 1
         full = self._columns >= self.limits.max_columns
         for row, token in zip(rows, tokens, strict=True):
@@ -81,7 +95,7 @@ class Recorder:
                 row.finish = "stop"
             elif full:
                 row.finish = "length"
-        self.kept.add(choice)
+        self.kept.add(choice, rows, places)
         if self.limits.criteria:
             self._ask_criteria(live)
         if self.stream is not None:

@@ -25,7 +25,7 @@ def set_up_sampling(call: Call) -> Setup:
         history,
         call.processors or None,
         call.noise(),
-        keep_scores=call.kept.scores is not None,
+        keep_scores=call.kept.needs_scores,
         keep_logits=call.kept.logits is not None,
     )
     sink = Recorder(rows, history, call.limits, call.stream, call.kept, call.every_row, call.backend.fault)
@@ -50,6 +50,7 @@ def sampled_output(call: Call, rows: list[Sequence], runner: Runner) -> Generate
     """Everything that was recorded of the rows."""
     made = sequences(call, rows)
     tracer = call.tracer
+    tops, chances = (None, None) if call.kept.tops is None else call.kept.tops.result()
     return GenerateDecoderOnlyOutput(
         sequences=made,
         scores=_tuple(call.kept.scores),
@@ -58,6 +59,8 @@ def sampled_output(call: Call, rows: list[Sequence], runner: Runner) -> Generate
         hidden_states=_tuple(tracer.hidden_states) if tracer else None,
         past_key_values=call.backend.past(rows, runner, made.shape[1] - 1) if call.config.use_cache else None,
         finish_reasons=[row.finish or "length" for row in rows],
+        top_logprobs=tops,
+        token_logprobs=chances,
     )
 
 

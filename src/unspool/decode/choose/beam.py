@@ -186,6 +186,11 @@ class BeamChooser:
             logits=raw if self._keep_logits else None,
             parents=(self.running.origins[:, :, -1] - offset + here).flatten(),
             ended=ended.repeat_interleave(beams),
+            candidates=(
+                ((candidates.origins[:, :, -1] - offset + here) * raw.shape[1] + candidates.tokens[:, :, -1]).flatten()
+                if self._keep_scores
+                else None
+            ),
         )
 
     def best(self, number: int) -> Hypotheses:

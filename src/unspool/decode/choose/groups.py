@@ -158,7 +158,7 @@ class GroupBeamChooser:
         self._leave([row.row // beams for row in rows[::beams]])
         self._steps += 1
         raw = logits.float()
-        picks, scores = self._pick(raw.log_softmax(dim=-1))
+        picks, scores, candidates = self._pick(raw.log_softmax(dim=-1))
         tokens = torch.tensor([pick.token for mine in picks for pick in mine], device=logits.device)
         places = [place * beams + pick.beam for place, mine in enumerate(picks) for pick in mine]
         parents = torch.tensor(places, device=logits.device)
@@ -174,6 +174,7 @@ class GroupBeamChooser:
             logits=raw if self._keep_logits else None,
             parents=parents,
             ended=torch.tensor(ended, device=logits.device).repeat_interleave(beams),
+            candidates=self._looked_at(candidates, parents, tokens, raw.shape[1]) if self._keep_scores else None,
         )
 
     def best(self, number: int) -> Hypotheses:
@@ -220,24 +221,36 @@ class GroupBeamChooser:
             certain.append(links[0].token)
         return certain
 
-    def _pick(self, before: Tensor) -> tuple[list[list[Pick]], Tensor]:
-        """What each row of each prompt becomes, and the processed scores `[rows, vocab]` of log probabilities."""
+    def _looked_at(self, candidates: Tensor, parents: Tensor, tokens: Tensor, vocab: int) -> Tensor:
+        """The continuations that may be in a result: the best ones, those picked, and those with the closing token."""
+        picked = parents * vocab + tokens.clamp_min(0)
+        closed = torch.arange(len(parents), device=parents.device) * vocab + max(0, self._close)
+        return torch.cat([candidates, picked, closed])
+
+    def _pick(self, before: Tensor) -> tuple[list[list[Pick]], Tensor, Tensor]:
+        """What each row of each prompt becomes, the processed scores `[rows, vocab]` of log probabilities, candidates.
+
+        The latter as in `Choice`.
+        """
         size, count, vocab = self._size, len(self.places), before.shape[1]
         before = before.view(count, -1, vocab)
         tokens = torch.zeros(before.shape[:2], dtype=torch.int64, device=before.device)
         picks: list[list[Pick]] = [[] for _ in self.places]
-        parts = []
+        parts, every = [], []
+        here = torch.arange(count, device=before.device)[:, None] * self.rules.beams
         for group in range(self._groups):
             part = slice(group * size, (group + 1) * size)
             scores = self._processed(before[:, part], group, tokens)
             totals = scores + self._totals[:, part, None]
             found, flat = totals.view(count, -1).topk(self.rules.candidates)
+            every.append(((here + group * size) * vocab + flat).flatten())
             for place, candidates in enumerate(zip(found.tolist(), flat.tolist(), strict=True)):
                 picks[place] += self._decide(self.places[place], group, *candidates, totals[place])
             if group + 1 < self._groups:
                 tokens[:, part] = torch.tensor([[max(0, pick.token) for pick in mine[part]] for mine in picks])
             parts.append(scores)
-        return picks, (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
+        scores = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
+        return picks, scores, torch.cat(every)
 
     def _processed(self, scores: Tensor, group: int, tokens: Tensor) -> Tensor:
         """`scores` `[prompts, size, vocab]` of one group, processed; `tokens` are those chosen by the groups before."""

@@ -18,6 +18,10 @@ from unspool.logits.grammar.vocabulary import Grammar
 
 logger = logging.getLogger(__name__)
 
+_SPARE = 16
+"""Branches remembered that no row of the last step continues: rows of other lengths, whose turn comes in another call,
+and texts that drafts left."""
+
 _PARALLEL = 1 << 18
 """Tokens to decide on, of all rows together, from which on several threads are worth waking."""
 
@@ -93,6 +97,7 @@ class Matching:
     def __init__(self, grammar: Grammar, pinned: bool = False) -> None:
         self.grammar = grammar
         self.branches: list[Branch] = []
+        self._spare: list[Branch] = []
         self._bits = torch.empty(0, -(-grammar.table.size // 32), dtype=torch.int32, pin_memory=pinned)
         self._pinned = pinned
 
@@ -103,7 +108,7 @@ class Matching:
 
     def follow(self, texts: list[list[int]]) -> None:
         """From now on the rows are these."""
-        before, owned = self.branches, set[int]()
+        before, owned = self.branches + self._spare, set[int]()
         longest = max((len(branch.tokens) for branch in before), default=0)
         places = {tuple(branch.tokens): place for place, branch in enumerate(before)}
         self.branches = []
@@ -117,6 +122,7 @@ class Matching:
                 self.branches.append(before[place])
             else:
                 self.branches.append(before[place].cut(common, self.grammar))
+        self._spare = [branch for place, branch in enumerate(before) if place not in owned][:_SPARE]
         self.grow([text[len(branch.tokens) :] for text, branch in zip(texts, self.branches, strict=True)])
 
     def masks(self) -> Tensor:
