@@ -106,10 +106,12 @@ class PagedStore:
 
     def extend(self, row: Row, tokens: int) -> bool:
         """Make the next `tokens` positions of `row` writable; `False`, with nothing changed, when blocks run out."""
-        first = row.computed // self.block_size
+        first, need = row.computed // self.block_size, self.blocks_for(row.computed + tokens)
+        if self._writable(row, first, need):
+            return True
         for index, pool in enumerate(self.blocks):
             table = row.blocks[index] if row.blocks else []
-            missing = max(0, self.blocks_for(row.computed + tokens) - len(table))
+            missing = max(0, need - len(table))
             shared = sum(pool.references(block) > 1 for block in table[first:])
             if missing + shared > pool.free:
                 return False
@@ -270,6 +272,18 @@ class PagedStore:
         pool = next(iter(self.keys.values()))
         per_token = sum(group.bytes_per_token(pool.dtype.itemsize) for group in self.groups)
         refuse_if_too_large(per_token * blocks * self.block_size, pool.device)
+
+    def _writable(self, row: Row, first: int, need: int) -> bool:
+        """Whether `row` has `need` blocks already, from index `first` on for itself alone: the case of most steps."""
+        if not row.blocks:
+            return False
+        for pool, table in zip(self.blocks, row.blocks, strict=True):
+            if need > len(table):
+                return False
+            for block in table[first:need]:
+                if pool.references(block) > 1:
+                    return False
+        return True
 
     def _grow(self, row: Row, tokens: int) -> bool:
         if not row.blocks:

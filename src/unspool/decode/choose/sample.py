@@ -141,14 +141,15 @@ class SampleChooser:
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
         """Decide one token for each of `rows` from `logits` `[rows, vocab]`; see `Chooser`."""
         places = None if len(rows) == self._rows else torch.tensor([row.row for row in rows], device=logits.device)
-        scores = logits.float()
+        # the greatest of logits is at the same place in any dtype: nothing is converted for it alone
+        plain = self._noise is None and self._process is None and not self._keep_scores and not self._keep_logits
+        scores = logits if plain else logits.float()
         raw = (scores.clone() if self._process else scores) if self._keep_logits else None
         if self._process is not None:
             ids = self.history.ids(places)
             scores = self._process(ids, scores) if places is None else self._process.on_rows(ids, scores, places)
         if self._noise is None:
-            tokens = scores.argmax(dim=-1)
-            value = scores.gather(1, tokens[:, None])[:, 0]
+            value, tokens = scores.max(dim=-1)
             fine = ~value.isnan()
         else:
             ratio = scores.softmax(dim=-1).div_(self._noise(rows, scores.shape[1]))
