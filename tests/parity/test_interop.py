@@ -259,6 +259,13 @@ def test_what_is_not_ours_is_left_to_them(model: Any, steps: list[int], caplog: 
     assert "decoded by transformers' own loop" in caplog.text
 
 
+def test_drafts(model: Any) -> None:
+    expected = model.generate(**prompts(1), max_new_tokens=8)
+    for arguments in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model("llama", seed=1)}):
+        with unspool.enabled():
+            assert torch.equal(model.generate(**prompts(1), max_new_tokens=8, **arguments), expected)
+
+
 def test_a_training_step_after_a_call_is_the_same() -> None:
     def step(model: Any) -> list[Tensor]:
         model.train()

@@ -56,6 +56,7 @@ class Foreign:
         encoder_decoder: whether it has an encoder that is called once.
         device: of its weights.
         cache_name: the argument that its past is passed as.
+        by_place: transformers before 5.4: columns to feed are told by `cache_position`, and masks are always passed.
         from_transformers: whether it is one of transformers' models, or a subclass of one.
 
     Raises:
@@ -80,6 +81,7 @@ class Foreign:
                 "forward(input_ids, attention_mask=None, past_key_values=None, use_cache=None)"
             )
         mamba = "mamba" in type(module).__name__.lower() and self.from_transformers
+        self.by_place = self.hook("_get_initial_cache_position") is not None
         self.cache_name = "cache_params" if mamba else "past_key_values"
 
     @property
@@ -120,7 +122,8 @@ class Foreign:
         for name, value in vars(config).items():
             if not name.startswith("_") and (value is not None or not hasattr(made, name)):
                 setattr(made, name, value)
-        prepare(made, has_mask, device=self.device, batch_size=rows)
+        counts = {"batch_size": rows} if "batch_size" in _arguments(prepare)[0] else {}
+        prepare(made, has_mask, device=self.device, **counts)
         return made
 
     def check(self, inputs: dict[str, Any]) -> None:
@@ -160,14 +163,19 @@ class Foreign:
             return self._arguments_of(ids, inputs, fed, first)
         names, _ = _arguments(hook)
         extra: dict[str, Any] = {}
-        if self.from_transformers or "next_sequence_length" in names:
+        if (self.from_transformers and not self.by_place) or "next_sequence_length" in names:
             extra["next_sequence_length"] = fed
         if self.from_transformers or "is_first_iteration" in names:
             extra["is_first_iteration"] = first
-        if "cache_position" in names:
+        if "cache_position" in names and "cache_position" not in inputs:
             new = ids.shape[1] if fed is None else fed
             extra["cache_position"] = torch.arange(ids.shape[1] - new, ids.shape[1], device=ids.device)
         return dict(hook(ids, **extra, **inputs))
+
+    def begin(self, columns: int, device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` as they are before the first of `columns` columns is fed."""
+        hook = self.hook("_get_initial_cache_position")
+        return inputs if hook is None else dict(hook(columns, device, inputs))
 
     def _arguments_of(self, ids: Tensor, inputs: dict[str, Any], fed: int | None, first: bool) -> dict[str, Any]:
         new = ids if fed is None else ids[:, ids.shape[1] - fed :]

@@ -97,6 +97,8 @@ class RowsRunner:
 
     def _feed_prompt(self, end: int) -> Any:
         """Feed the prompt up to column `end`."""
+        if not self._begun:
+            self.inputs = self.foreign.begin(self._prompt, self._ids.device, self.inputs)
         self._begun = True
         if self._fed == 0 and end == self._prompt:
             arguments = self.foreign.prepare(self._ids, self.inputs, self._columns_to_feed(), True)
@@ -128,6 +130,8 @@ class RowsRunner:
                 part[name] = part[name][:, :end]
         if part.get("position_ids") is not None:
             part["position_ids"] = part["position_ids"][..., self._fed : end]
+        if part.get("cache_position") is not None:
+            part["cache_position"] = torch.arange(self._fed, end, device=self._ids.device)
         ids = self._ids[:, self._fed : end]
         output = self.foreign.call(self.foreign.prepare(ids, part, None, self._fed == 0))
         self._fed = end

@@ -121,7 +121,7 @@ class ForeignSource:
         if inputs.get("position_ids") is None and foreign.accepts("position_ids"):
             inputs["position_ids"] = foreign.positions(main, inputs)
         mask = inputs.get("attention_mask")
-        if takes_mask and mask is not None and mask.ndim == 2 and bool((mask == 1).all()):
+        if takes_mask and not foreign.by_place and mask is not None and mask.ndim == 2 and bool((mask == 1).all()):
             inputs["attention_mask"] = None
             return int(mask.shape[1])
         return None
