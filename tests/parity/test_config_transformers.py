@@ -26,7 +26,7 @@ from unspool.config import (
 )
 from unspool.config.fields import FIELDS
 
-OWN = {"seed"}
+OWN = {"seed", "json_schema", "regex", "grammar"}
 METADATA = {"transformers_version", "_from_model_config"}
 
 EXAMPLES: dict[str, dict[str, Any]] = {

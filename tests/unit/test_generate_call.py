@@ -63,7 +63,6 @@ MISTAKES: dict[str, Case] = {
         "num_beam_groups",
     ),
     "an assistant": ({"assistant_model": object()}, TypeError, "assistant_model"),
-    "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 3)}, unspool.errors.Unsupported, "inputs_embeds"),
 }
 
 

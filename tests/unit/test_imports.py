@@ -55,7 +55,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "safetensors": {"weights", "bridge", "logits"},  # logits: detectors of watermarks
     "tokenizers": {"tokenization"},
     "jinja2": {"tokenization"},
-    "huggingface_hub": {"hub", "config", "tokenization"},
+    "huggingface_hub": {"hub", "config", "tokenization", "generate"},
+    "packaging": {"generate"},  # comes with huggingface_hub
     "rich": {"cli", "continuous", "weights"},
     "typer": {"cli"},
     "transformers": {"bridge", "interop"},

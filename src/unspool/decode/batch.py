@@ -48,6 +48,7 @@ def build_batch(
         keep=_kept(work, order, device),
         extents=extents,
         trace=trace,
+        embeds=_embeds(placed) if any(row.embeds is not None for row in rows) else None,
     )
 
 
@@ -74,6 +75,23 @@ def _tokens(work: list[Work], device: torch.device) -> Tensor:
     for group, places, numbers in flying.values():
         tokens[torch.tensor(places, device=device)] = group.last[torch.tensor(numbers, device=device)]
     return tokens
+
+
+def _embeds(work: list[Work]) -> tuple[Tensor, Tensor] | None:
+    """Places and values of the fed tokens that have embeddings of their own."""
+    places: list[int] = []
+    values: list[Tensor] = []
+    first = 0
+    for row, feed, *_ in work:
+        if row.embeds is not None:
+            some = row.embeds[row.computed : row.computed + feed]
+            places += range(first, first + len(some))
+            values.append(some)
+        first += feed
+    if not places:
+        return None
+    joined = torch.cat(values)
+    return torch.tensor(places, device=joined.device), joined
 
 
 def _kept(work: list[Work], order: Items[int], device: torch.device) -> Tensor | None:

@@ -22,6 +22,7 @@ class Sequence:
         blocks: block table per layer group. Owner: the store.
         finish: why the row ended: `"stop"` (end token or criterion), `"length"`, or `None` while it lives.
         draft: tokens guessed to follow the known ones, to be fed with them and checked in one step. Owner: the drafter.
+        embeds: `[n, hidden]` what is fed in place of the embeddings of the first `n` tokens, or `None`.
     """
 
     row: int
@@ -31,6 +32,7 @@ class Sequence:
     blocks: list[list[int]] = field(default_factory=list)
     finish: str | None = None
     draft: list[int] = field(default_factory=list)
+    embeds: Tensor | None = None
 
     @property
     def known(self) -> int:

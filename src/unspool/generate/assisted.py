@@ -118,6 +118,8 @@ def set_up_assisted(call: Call) -> Setup:
             "drafts (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) need a native model; leave them "
             "out"
         )
+    if call.prompts.embeds is not None:
+        raise Unsupported("inputs_embeds and drafts cannot be combined; pass input_ids, or leave the drafts out")
     if call.tracer is not None:
         raise Unsupported(
             "output_attentions and output_hidden_states are not kept with drafts; leave out assistant_model, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,6 +81,10 @@ class Backend(Protocol):
 
     def fault(self, row: Sequence) -> str:
         """Say where a row's NaN came from, for an error message, after the fact."""
+        ...
+
+    def kwargs(self, rows: list[Sequence], new: int) -> dict[str, Any]:
+        """The model's inputs beside the ids, for a generation method of the caller's; `new` is most new tokens."""
         ...
 
     def first_layers(self, layers: int) -> Backend:
@@ -167,7 +171,9 @@ class Call:
 
     def rows(self) -> list[Sequence]:
         """A row for each prompt."""
-        return [Sequence(number, list(tokens)) for number, tokens in enumerate(self.prompts.tokens)]
+        embeds: Items[Tensor | None] = self.prompts.embeds or [None] * len(self.prompts.tokens)
+        pairs = zip(self.prompts.tokens, embeds, strict=True)
+        return [Sequence(number, list(tokens), embeds=own) for number, (tokens, own) in enumerate(pairs)]
 
     def twins(self, rows: list[Sequence]) -> list[Sequence] | None:
         """For each row the first that shares its prompt; `None` where each is computed by itself."""

@@ -205,6 +205,11 @@ class RowsBackend:
         self._runner = RowsRunner(self.foreign, rows, self._ids, self._inputs, filler, self._mask_length, self._record)
         return self._runner
 
+    def kwargs(self, rows: list[Sequence], new: int) -> dict[str, Any]:
+        """The module's inputs beside the ids, with its cache: what a generation method of the caller's goes on from."""
+        self.runner(rows, 1, new, None, forks=False)
+        return dict(self._inputs)
+
     def first_layers(self, layers: int) -> RowsBackend:
         """See `Backend`."""
         raise Unsupported("assistant_early_exit needs a native model; leave it out")

@@ -20,12 +20,14 @@ class Prompts:
     Attributes:
         rectangle: `[rows, columns]` int64, as passed, padding included; on the model's device.
         mask: `[rows, columns]`, True where a true token stands.
-        tokens: each row's true tokens, in order.
+        tokens: each row's true tokens, in order; zeros where only embeddings are known.
+        embeds: each row's embeddings `[tokens, hidden]`, when they were given; `None` otherwise.
     """
 
     rectangle: Tensor
     mask: Tensor
     tokens: list[list[int]]
+    embeds: list[Tensor] | None = None
 
     def expand(self, times: int) -> Prompts:
         """Every row `times` times, copies side by side."""
@@ -33,11 +35,14 @@ class Prompts:
             self.rectangle.repeat_interleave(times, dim=0),
             self.mask.repeat_interleave(times, dim=0),
             [row for row in self.tokens for _ in range(times)],
+            None if self.embeds is None else [row for row in self.embeds for _ in range(times)],
         )
 
     def padding(self) -> Tensor | None:
         """Columns before each row's first true token, `[rows]`; `None` when no row has any."""
-        return None if bool(self.mask[:, 0].all()) else self.mask.int().argmax(dim=1)
+        if not self.mask.shape[1] or bool(self.mask[:, 0].all()):
+            return None
+        return self.mask.int().argmax(dim=1)
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:
@@ -69,6 +74,39 @@ def read_prompts(
     tokens = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     _check_tokens(tokens, spec)
     return Prompts(ids, mask, tokens)
+
+
+def read_embeds(embeds: Any, attention_mask: Any, ids: Prompts | None, *, hidden: int, device: torch.device) -> Prompts:
+    """Prompts given as `inputs_embeds` `[rows, columns, hidden]`, with or without the `ids` they stand for.
+
+    Raises:
+        TypeError: not a tensor of floating point numbers.
+        ValueError: wrong shape, a mask of another shape, or an empty prompt.
+    """
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+        raise TypeError("inputs_embeds must be a floating point tensor [rows, columns, hidden]")
+    if embeds.ndim != 3 or embeds.shape[2] != hidden or not embeds.shape[0] * embeds.shape[1]:
+        raise ValueError(f"inputs_embeds must be [rows, columns, {hidden}] with at least one of each, not "
+                         f"{list(embeds.shape)}")  # fmt: skip
+    if ids is not None and ids.rectangle.shape != embeds.shape[:2]:
+        raise ValueError(
+            f"inputs_embeds is {list(embeds.shape)} and input_ids {list(ids.rectangle.shape)}; they must agree in rows "
+            "and columns"
+        )
+    embeds = embeds.to(device)
+    if ids is not None:
+        mask = ids.mask
+    elif attention_mask is not None:
+        mask = _read_mask(attention_mask, embeds[:, :, 0])
+    else:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=device)
+    values = [row[keep] for row, keep in zip(embeds, mask, strict=True)]
+    if not all(map(len, values)):
+        raise ValueError("inputs_embeds has a row without a column that attention_mask keeps")
+    if ids is not None:
+        return Prompts(ids.rectangle, ids.mask, ids.tokens, values)
+    none = torch.empty(embeds.shape[0], 0, dtype=torch.int64, device=device)
+    return Prompts(none, none.bool(), [[0] * len(row) for row in values], values)
 
 
 def _rectangle(inputs: Any, bos: int | None, pad: int | None, device: torch.device) -> Tensor:

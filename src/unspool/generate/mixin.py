@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence as Items
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
+from unspool.config.fields import FIELDS
 from unspool.errors import Unsupported
 from unspool.generate.beams import beam_filler
 from unspool.generate.call import Assistant, Call
+from unspool.generate.custom import call_custom, load_custom_generate, own_arguments
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.guidance import read_negative
 from unspool.generate.inputs import Prompts, end_tokens
@@ -30,7 +33,7 @@ from unspool.logits import (
 from unspool.logits.base import ProcessorLike
 from unspool.logits.guidance import GuidanceLogitsProcessor
 from unspool.models.base import Model
-from unspool.stopping import build_limits
+from unspool.stopping import build_criteria, build_limits
 
 PrefixFn = Callable[[int, Tensor], list[int]]
 
@@ -77,6 +80,10 @@ class GenerationMixin:
                 generation config.
             negative_prompt_ids: `[rows, columns]` (or one row for all) what `guidance_scale` steers away from, with
                 `negative_prompt_attention_mask`; by default the last token of each prompt.
+            custom_generate: decodes in place of this method: a function called as `function(model, input_ids,
+                logits_processor=, stopping_criteria=, generation_config=, **model_inputs)`, with those of the call's
+                keyword arguments that it alone knows; or a folder or Hub repository with a
+                `custom_generate/generate.py`, which runs with `trust_remote_code=True` only.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
                 `tokenizer` (for `stop_strings`, `json_schema`, `regex` and `grammar`).
@@ -93,12 +100,27 @@ class GenerationMixin:
 
         Source: `GenerationMixin.generate` of transformers v5.2.
         """
-        refuse_arguments(
-            {
-                "custom_generate": custom_generate,
-                "synced_gpus": synced_gpus,
-            }
-        )
+        refuse_arguments({"synced_gpus": synced_gpus})
+        trust = kwargs.pop("trust_remote_code", None)
+        if isinstance(custom_generate, (str, os.PathLike)):
+            function = load_custom_generate(custom_generate, trust, **kwargs)
+            return function(  # type: ignore[no-any-return]
+                model=self,
+                inputs=inputs,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                synced_gpus=synced_gpus,
+                assistant_model=assistant_model,
+                streamer=streamer,
+                negative_prompt_ids=negative_prompt_ids,
+                negative_prompt_attention_mask=negative_prompt_attention_mask,
+                **kwargs,
+            )
+        own = {} if custom_generate is None else own_arguments(custom_generate, kwargs, {*FIELDS, *_INPUTS})
+        for name in own:
+            del kwargs[name]
         resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
         arguments = Arguments(inputs, resolved.unused)
         try:
@@ -112,7 +134,10 @@ class GenerationMixin:
                 negative_prompt_attention_mask,
             )
             call = self._prepare(arguments, resolved, given)
-            result = run(call)
+            if custom_generate is None:
+                result = run(call)
+            else:
+                result = self._custom(custom_generate, call, given, arguments.tokenizer, own)
         except BaseException as error:
             fail = getattr(streamer, "fail", None)
             if fail is not None:
@@ -184,6 +209,21 @@ class GenerationMixin:
             negative=negative,
         )
 
+    def _custom(
+        self, function: Callable[..., Any], call: Call, given: _Given, tokenizer: Any, own: dict[str, Any]
+    ) -> Any:
+        """Hand a prepared call to the caller's own function."""
+        criteria = build_criteria(call.config, custom=given.stopping_criteria, tokenizer=tokenizer)
+        always = {
+            "logits_processor": call.processors,
+            "stopping_criteria": criteria,
+            "generation_config": call.config,
+        }
+        with torch.no_grad():
+            inputs = call.backend.kwargs(call.rows(), call.steps)
+            named = {"streamer": given.streamer, "assistant_model": given.assistant, "tokenizer": tokenizer}
+            return call_custom(function, self, call.prompts.rectangle, {**always, **inputs, **own}, named)
+
     def _source(self) -> Source:
         """The model, as the call reads it."""
         if isinstance(self, Model):
@@ -223,11 +263,10 @@ def _guidance(
     return processor, None
 
 
+_INPUTS = {"input_ids", "attention_mask", "past_key_values", "inputs_embeds", "tokenizer"}
+
 # Arguments of `generate()` that are still to come.
-_ARGUMENTS = (
-    "custom_generate",
-    "synced_gpus",
-)
+_ARGUMENTS = ("synced_gpus",)
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
@@ -242,7 +281,6 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 _MODES: dict[str, Any] = {
     "penalty_alpha": None,
     "dola_layers": None,
-    "token_healing": False,
 }
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from unspool.cache import PagedStore, PastKeyValues
@@ -16,7 +17,8 @@ from unspool.decode.runner import PagedRunner, Runner, Steps
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
 from unspool.generate.call import Abilities
-from unspool.generate.inputs import end_tokens, read_prompts
+from unspool.generate.healing import heal_prompts
+from unspool.generate.inputs import end_tokens, read_embeds, read_prompts
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Reading
 from unspool.models.base import Batch, Model
@@ -70,6 +72,12 @@ class NativeBackend:
     def fault(self, row: Sequence) -> str:
         """See `Backend`."""
         return find_fault(self.model, row)
+
+    def kwargs(self, rows: list[Sequence], new: int) -> dict[str, Any]:
+        """See `Backend`: a native model's plain call reads whole texts, so there is no cache among them."""
+        width = max(len(row.tokens) for row in rows)
+        mask = torch.tensor([[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows])
+        return {"attention_mask": mask.to(self.device)}
 
     def first_layers(self, layers: int) -> NativeBackend:
         """See `Backend`."""
@@ -143,28 +151,42 @@ class NativeSource:
             raise ValueError("pass the prompts as `inputs` or as `input_ids`, not both")
         mask, past = rest.pop("attention_mask", None), rest.pop("past_key_values", None)
         rest.pop("token_type_ids", None)  # tokenizers give them; they change nothing here
-        if rest.pop("inputs_embeds", None) is not None:
-            raise Unsupported("inputs_embeds is not supported by native models in this version; pass input_ids")
+        embeds = rest.pop("inputs_embeds", None)
         if rest:
             names = ", ".join(sorted(rest))
             raise ValueError(f"generate() got arguments it has no use for: {names} (a misspelt setting?)")
-        prompts = read_prompts(
-            arguments.inputs if ids is None else ids,
-            mask,
-            spec=self.model.spec,
-            device=self.device,
-            bos=config.bos_token_id,
-            pad=config.pad_token_id,
-            eos=end_tokens(config),
-        )
+        given = arguments.inputs if ids is None else ids
+        if embeds is not None and past is not None:
+            raise Unsupported("inputs_embeds and past_key_values cannot be combined; pass input_ids")
+        prompts = None
+        if embeds is None or given is not None:
+            prompts = read_prompts(
+                given,
+                mask,
+                spec=self.model.spec,
+                device=self.device,
+                bos=config.bos_token_id,
+                pad=config.pad_token_id,
+                eos=end_tokens(config),
+            )
+        if embeds is not None:
+            hidden = self.model.spec.hidden_size
+            columns = embeds.shape[1] if given is None and isinstance(embeds, Tensor) and embeds.ndim == 3 else 0
+            prompts = read_embeds(embeds, mask, prompts, hidden=hidden, device=self.device)
+        else:
+            columns = 0
+        assert prompts is not None
+        if config.token_healing:
+            prompts = heal_prompts(self.model, prompts, arguments.tokenizer)
         expanded = prompts.expand(copies) if copies > 1 else prompts
         return Reading(
             prompts=expanded,
             seen=prompts,
             backend=NativeBackend(self.model),
             past=read_past(past, len(prompts.tokens)),
-            encoder_ids=prompts.rectangle,
+            encoder_ids=prompts.rectangle if prompts.rectangle.shape[1] else None,
             padding=expanded.padding(),
+            embeds=columns,
         )
 
 

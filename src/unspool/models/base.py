@@ -87,6 +87,7 @@ class Batch:
         trace: where given, the model appends the hidden states `[tokens, hidden]` that enter each layer,
             and last the ones after the final norm.
         layers: run only so many layers before the final norm; `None` runs all.
+        embeds: `(places [n], values [n, hidden])` of tokens that have embeddings of their own.
     """
 
     tokens: Tensor
@@ -96,6 +97,14 @@ class Batch:
     extents: Tensor | None = None
     trace: list[Tensor] | None = None
     layers: int | None = None
+    embeds: tuple[Tensor, Tensor] | None = None
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """The tokens' embeddings `x` `[tokens, hidden]`, with the given ones in their places."""
+        if self.embeds is None:
+            return x
+        places, values = self.embeds
+        return x.index_copy(0, places, values.to(x.dtype))
 
 
 @dataclass(slots=True)

@@ -144,7 +144,7 @@ class GPT2(Model):
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, `[tokens, hidden]`."""
-        x: Tensor = self.embedding(batch.tokens)
+        x: Tensor = batch.embedded(self.embedding(batch.tokens))
         x = x + self.position_embedding(batch.positions)
         for layer in self.layers[: batch.layers]:
             if batch.trace is not None:

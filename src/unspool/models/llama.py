@@ -168,7 +168,7 @@ class Llama(Model):
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, `[tokens, hidden]`."""
-        x: Tensor = self.embedding(batch.tokens)
+        x: Tensor = batch.embedded(self.embedding(batch.tokens))
         if self.shape.embedding_multiplier != 1.0:
             x = x * self.shape.embedding_multiplier
         turn = self.rotary(batch.positions, batch.extents, x.dtype)
