@@ -51,6 +51,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bans": {"do_sample": False, "bad_words_ids": [[92], [47, 47]], "suppress_tokens": [3, 12]},
     "forced": {"do_sample": False, "forced_eos_token_id": 9, "eos_token_id": 9},
     "several": {"do_sample": True, "seed": 6, "num_return_sequences": 3},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": [92, 44, 12]},
+    "sampled beams": {"do_sample": True, "seed": 7, "num_beams": 2, "top_k": 20, "length_penalty": 0.5},
+    "patient beams": {"do_sample": False, "num_beams": 4, "early_stopping": "never", "repetition_penalty": 1.3},
+    "groups of beams": {"do_sample": False, "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.8},
+    "beams with words": {"do_sample": False, "num_beams": 3, "force_words_ids": [[7, 9]]},
+    "looked up": {"do_sample": False, "prompt_lookup_num_tokens": 4},
+    "looked up and drawn": {"do_sample": True, "seed": 8, "prompt_lookup_num_tokens": 3, "num_return_sequences": 2},
+    "early exit": {"do_sample": False, "assistant_early_exit": 1, "repetition_penalty": 1.2},
+    "assisted": {"do_sample": False, "assistant_model": "itself", "eos_token_id": [8, 44]},
     "own processor": {"do_sample": False, "logits_processor": [Shift()]},
     "own criterion": {"do_sample": False, "stopping_criteria": [EndsAt()]},
     "allowed tokens": {"do_sample": False, "prefix_allowed_tokens_fn": lambda row, ids: [int(ids[-1]) % 90 + 1, 7, 9]},
@@ -67,10 +76,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 _models: dict[str, Any] = {}
 
 
+def of(name: str) -> dict[str, Any]:
+    settings = NEVER | {"max_new_tokens": 14} | SETTINGS[name]
+    return settings | ({"assistant_model": _models["llama"]} if "assistant_model" in settings else {})
+
+
 @cache
 def expected(prompt: int, name: str) -> list[list[int]]:
     """What `generate()` makes of the prompt alone; the filler behind an end is left out."""
-    settings = NEVER | {"max_new_tokens": 14} | SETTINGS[name]
+    settings = of(name)
     rows = _models["llama"].generate(torch.tensor([PROMPTS[prompt]]), **settings, return_dict_in_generate=True)
     ends = settings["eos_token_id"] or []
     made = []
@@ -91,7 +105,7 @@ requests = st.lists(
 @given(
     arrivals=requests,
     budget=st.sampled_from([4, 9, 33, 1024]),
-    blocks=st.sampled_from([6, 9, 200]),
+    blocks=st.sampled_from([16, 20, 200]),
     sharing=st.booleans(),
     scheduler=st.sampled_from(["fifo", "prefill_first"]),
 )
@@ -112,7 +126,7 @@ def test_any_mixture_however_it_arrives(
     )
     names = []
     for prompt, name, steps in arrivals:
-        names.append(manager.add_request(PROMPTS[prompt], **({"max_new_tokens": 14} | SETTINGS[name])))
+        names.append(manager.add_request(PROMPTS[prompt], **of(name)))
         for _ in range(steps):
             manager.step()
     while manager.step():

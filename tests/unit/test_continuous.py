@@ -596,7 +596,11 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "one output",
     ),
-    "mode": ([5], {"num_beams": 2}, unspool.Unsupported, "beam_search"),
+    "mode": ([5], {"penalty_alpha": 0.6, "top_k": 4}, unspool.Unsupported, "contrastive_search"),
+    "beams beyond the cache": ([5] * 30, {"num_beams": 8, "max_new_tokens": 60}, ValueError, "num_beams"),
+    "beams with log-probabilities": ([5], {"num_beams": 2, "top_logprobs": 1}, unspool.Unsupported, "top_logprobs"),
+    "assistant": ([5], {"assistant_model": 5}, TypeError, "assistant_model"),
+    "all layers": ([5], {"assistant_early_exit": 2}, ValueError, "assistant_early_exit"),
 }
 
 
@@ -657,6 +661,112 @@ def test_whole_configs_of_requests(model: Any, expected: list[list[int]]) -> Non
     assert manager.get_result(first).generated_tokens == expected[0]
     assert manager.get_result(second).generated_tokens == expected[0][:3]
     assert len(manager.get_result(third).generated_tokens) == 20, "generate()'s own default"
+
+
+# Requests of several rows, and of several tokens a step
+
+
+def test_beams_give_all_their_outputs(model: Any) -> None:
+    settings = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 8}
+    reference = model.generate(
+        torch.tensor(PROMPTS[:1]), **settings, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    outputs = model.generate_batch([*PROMPTS[:1], PROMPTS[1]], do_sample=False, **settings)
+    assert list(outputs) == [f"req_{i}{end}" for i in range(2) for end in ("", "__child#0", "__child#1")]
+    for i, output in enumerate(list(outputs.values())[:3]):
+        assert output.generated_tokens == reference.sequences[i, 4:].tolist()
+        assert output.score == pytest.approx(float(reference.sequences_scores[i]))
+        assert output.finish_reason == "length" and output.usage.completion_tokens == 8
+
+
+def test_beams_are_put_back_and_go_on(model: Any) -> None:
+    settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 40, "do_sample": False}
+    prompts = [PROMPTS[2], PROMPTS[0], [7] * 20]
+    for sharing in (True, False):
+        manager = make(model, num_blocks=16, allow_block_sharing=sharing, safety_margin=0.0)
+        names = [manager.add_request(prompt, **settings) for prompt in prompts]
+        plain = manager.add_request(PROMPTS[3], max_new_tokens=100)
+        finish(manager)
+        assert manager.metrics.preemptions > 0
+        for name, prompt in zip(names, prompts, strict=True):
+            wanted = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+            assert manager.get_result(name).generated_tokens == wanted
+        assert manager.get_result(plain).finish_reason == "length"
+        assert_nothing_is_left(manager)
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_cancelling_one_output_of_beams_cancels_all(model: Any, steps: int) -> None:
+    manager = make(model)
+    name = manager.add_request(PROMPTS[0], num_beams=3, num_return_sequences=2)
+    for _ in range(steps):
+        manager.step()
+    assert manager.cancel_request(f"{name}__child#0")
+    finish(manager)
+    assert [manager.get_result(one).finish_reason for one in (name, f"{name}__child#0")] == ["cancelled"] * 2
+    assert_nothing_is_left(manager)
+    assert not manager._engine.parents
+
+
+def test_streaming_beams(model: Any) -> None:
+    settings = {"num_beams": 3, "max_new_tokens": 8}
+    wanted = model.generate(torch.tensor(PROMPTS[:1]), **settings, do_sample=False)[0, 4:].tolist()
+    listener = Listener()
+    with make(model) as manager:
+        name = manager.add_request(PROMPTS[0], streaming=True, streamer=listener, **settings)
+        outputs = list(manager.request_id_iter(name))
+    assert outputs[-1].generated_tokens == wanted
+    assert all(wanted[: len(one.generated_tokens)] == one.generated_tokens for one in outputs)
+    assert listener.heard == [[PROMPTS[0]], *([token] for token in wanted), "end"]
+
+
+@pytest.mark.parametrize("kind", ["beams", "drafts"])
+@pytest.mark.parametrize("fault", ["processor at once", "processor later", "criterion", "streamer at a token"])
+def test_a_fault_in_another_mode_ends_its_request_alone(
+    kind: str, fault: str, model: Any, expected: list[list[int]]
+) -> None:
+    mode = {"num_beams": 2, "num_return_sequences": 2} if kind == "beams" else {"prompt_lookup_num_tokens": 3}
+    faulty = FAULTS[fault] | ({"streamer": Listener(3)} if "streamer" in fault else {})
+    if kind == "beams" and "streamer" in fault:
+        mode["num_return_sequences"] = 1
+    manager = make(model)
+    names = [manager.add_request(PROMPTS[0]), manager.add_request(PROMPTS[0], **mode, **faulty)]
+    names += [manager.add_request(prompt) for prompt in PROMPTS[1:]]
+    fine = manager.add_request(PROMPTS[0], **mode)
+    finish(manager)
+    outputs = [manager.get_result(name) for name in names]
+    broken = outputs.pop(1)
+    assert [one.generated_tokens for one in outputs] == expected
+    assert broken.finish_reason == "error" and "broken on purpose" in broken.error
+    if mode.get("num_return_sequences") == 2:
+        assert manager.get_result(f"{names[1]}__child#0").exception is broken.exception
+    assert manager.get_result(fine).finish_reason == "length"
+    assert_nothing_is_left(manager)
+
+
+def test_a_draft_model_that_breaks(model: Any, tiny_llama_dir: Path, expected: list[list[int]]) -> None:
+    broken = unspool.load(tiny_llama_dir, dtype="float32", device="cpu")[0]
+    manager = make(model)
+    assisted = manager.add_request(PROMPTS[0], assistant_model=broken)
+    other = manager.add_request(PROMPTS[1], assistant_model=broken)
+    plain = manager.add_request(PROMPTS[0])
+    manager.step()
+    assert manager._engine.live
+    broken.step = lambda batch: 1 // 0
+    assert manager.cancel_request(other)
+    finish(manager)
+    output = manager.get_result(assisted)
+    assert output.finish_reason == "error" and isinstance(output.exception.__cause__, ZeroDivisionError)
+    assert manager.get_result(plain).generated_tokens == expected[0]
+    assert_nothing_is_left(manager)
+
+
+def test_drafts_are_counted(model: Any, expected: list[list[int]]) -> None:
+    (output,) = model.generate_batch(PROMPTS[:1], **SETTINGS, assistant_model=model, return_logprobs=True).values()
+    (plain,) = model.generate_batch(PROMPTS[:1], **SETTINGS, return_logprobs=True).values()
+    assert output.generated_tokens == expected[0]
+    assert output.usage.drafted_tokens == output.usage.accepted_tokens > 0
+    assert output.logprobs == pytest.approx(plain.logprobs, abs=1e-5)
 
 
 # Schedulers

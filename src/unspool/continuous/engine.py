@@ -54,6 +54,7 @@ class Engine:
 
     Attributes:
         live: requests that are not answered yet.
+        parents: for outputs that come of another request's rows, that request. Owner: the manager, who adds.
         remembers: keep in mind which blocks ended requests had, for `evict`.
     """
 
@@ -75,6 +76,7 @@ class Engine:
         self.tally = Tally()
         self.live: dict[str, RequestState] = {}
         self.remembers = False
+        self.parents: dict[str, str] = {}
         self._loop = Loop(runner, self, device=device, in_step=True, failed=self._group_failed)
         self._scheduled: list[RequestState] = []
         self._idle = 0  # steps in a row that fed nothing
@@ -91,6 +93,8 @@ class Engine:
                 heappush(self._deadlines, (wishes.deadline, state.number, state))
             if wishes.streaming or wishes.streamer is not None:
                 self._sent[state] = 0
+            for child in state.children:
+                self.live[child.request_id] = child
             if wishes.streamer is not None and not self._stream(state, [state.prompt_ids]):
                 self._close(state)
                 continue
@@ -175,12 +179,16 @@ class Engine:
         """After a step: index what is stored, tell those who follow, and close requests that ended."""
         fed = made = 0
         room, sent = self.room, self._sent
+        failed, self.scheduler.failed = self.scheduler.failed, []
+        for state in failed:
+            self._close(state)
         for state in self._scheduled:
             for item in state.work:
                 fed += item.feed
                 made += item.keep
             if state.error is None and (len(state.rows) == 1 or state.status is RequestStatus.PREFILLING):
-                room.advance(state.rows[0])
+                for item in state.work:
+                    room.advance(item.seq)
             if state in sent and state.error is None:
                 self._tell(state)
             if state.finish_reason is not None:
@@ -233,6 +241,11 @@ class Engine:
             _end_stream(state)
         self.tally.end(state)
         self._deliver(state)
+        self.parents.pop(state.request_id, None)
+        for child in state.children:
+            child.end(state.finish_reason or "error", stop=state.stop, error=state.error)
+            child.lifespan, child.first_token = state.lifespan, state.first_token
+            self._close(child)
 
     def _group_failed(self, group: Group, error: Exception) -> None:
         """Everything decided in one group failed; see `decode.loop.Failed`."""

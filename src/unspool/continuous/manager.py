@@ -15,12 +15,14 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from unspool.config import ContinuousBatchingConfig, GenerationConfig
+from unspool.config import ContinuousBatchingConfig, GenerationConfig, GenerationMode
+from unspool.continuous.beams import BeamRows
+from unspool.continuous.drafted import DraftedRow
 from unspool.continuous.engine import Engine
 from unspool.continuous.metrics import Metrics
 from unspool.continuous.outbox import Outbox
 from unspool.continuous.plain import PlainRows
-from unspool.continuous.reading import Arguments, Reader, merged_config
+from unspool.continuous.reading import BEAMS, Arguments, Reader, merged_config
 from unspool.continuous.requests import GenerationOutput, RequestState, RequestStatus, Usage, Wishes
 from unspool.continuous.room import Room
 from unspool.continuous.scheduler import scheduler_class
@@ -194,6 +196,7 @@ class ContinuousBatchingManager:
         tokenizer: Any = None,
         priority: int = 0,
         deadline: float | None = None,
+        assistant_model: Any = None,
         cache_salt: Hashable = None,
         return_logprobs: bool | None = None,
         top_logprobs: int | None = None,
@@ -214,6 +217,7 @@ class ContinuousBatchingManager:
             tokenizer: for `stop_strings`; the manager's if not given.
             priority: higher goes first, with a scheduler that looks at it.
             deadline: seconds from now after which it ends with what it has.
+            assistant_model: a smaller native model that drafts tokens, as in `generate()`.
             cache_salt: only requests with an equal one share stored prefixes with it; name a tenant here.
             return_logprobs: give the log-probability of each token.
             top_logprobs: give those of so many likeliest tokens too.
@@ -239,6 +243,7 @@ class ContinuousBatchingManager:
             tokenizer=self._tokenizer if tokenizer is None else tokenizer,
             priority=priority,
             deadline=deadline,
+            assistant_model=assistant_model,
             cache_salt=cache_salt,
             return_logprobs=return_logprobs,
             top_logprobs=top_logprobs,
@@ -249,9 +254,8 @@ class ContinuousBatchingManager:
             prompt = self._reader.prompt(input_ids)
             every = self._reader.wishes(prompt, number, arguments, settings)
             name = f"req_{next(self._ids)}" if request_id is None else request_id
-        states = [self._state(name, i, number, prompt, wishes) for i, wishes in enumerate(every)]
-        self._check_fits(states[0])
-        self._submit(states)
+        self._check_fits(len(prompt), every[0])
+        self._submit(self._states(name, number, prompt, every))
         return name
 
     def add_requests(
@@ -353,31 +357,61 @@ class ContinuousBatchingManager:
         with self._worker.pause():
             self._engine.evict(request_id)
 
-    def _state(self, name: str, sample: int, number: int, prompt: list[int], wishes: Wishes) -> RequestState:
-        own = name if sample == 0 else f"{name}__child#{sample - 1}"
-        return RequestState(own, number, prompt, wishes, self._engine.plain, [Sequence(0, list(prompt))])
+    def _states(self, name: str, number: int, prompt: list[int], every: list[Wishes]) -> list[RequestState]:
+        """A request's outputs: rows of their own, or one set of beams that several outputs come of."""
+        first = every[0]
+        model, fault = self.model, partial(find_fault, self.model)
+        if first.mode in BEAMS:
+            beams = BeamRows(model, prompt, first, fault)
+            outputs = int(first.config.num_return_sequences or 1)
+            beams.states = [
+                RequestState(_child(name, i), number, prompt, first, beams, beams.group.rows, made=[])
+                for i in range(outputs)
+            ]
+            beams.states[0].children = beams.states[1:]
+            return beams.states[:1]
+        states = []
+        for i, wishes in enumerate(every):
+            home: PlainRows | DraftedRow = self._engine.plain
+            rows = [Sequence(0, list(prompt))]
+            if wishes.mode is GenerationMode.ASSISTED_GENERATION:
+                home = DraftedRow(model, wishes.assistant, prompt, wishes, fault)
+                rows = home.group.rows
+            states.append(RequestState(_child(name, i), number, prompt, wishes, home, rows))
+            if isinstance(home, DraftedRow):
+                home.states = states[-1:]
+        return states
 
-    def _check_fits(self, state: RequestState) -> None:
-        most, capacity = state.wishes.limits.max_columns, self._engine.room.capacity
+    def _check_fits(self, prompt: int, wishes: Wishes) -> None:
+        engine = self._engine
+        size, capacity = engine.room.store.block_size, engine.room.capacity
+        rows = int(wishes.config.num_beams or 1) if wishes.mode in BEAMS else 1
+        most = wishes.limits.max_columns
+        if rows > engine.token_budget:
+            raise ValueError(f"num_beams={rows} is more than max_batch_tokens={engine.token_budget}, tokens of a step")
+        if rows > 1:  # at worst beams share no more than the prompt, and computed again not even that
+            shared = prompt // size * size if engine.room.sharing else 0
+            most += (rows - 1) * (-(-most // size) * size - shared)
         if most > capacity:
             raise ValueError(
-                f"input_ids has {len(state.prompt_ids)} tokens and the request may grow to {most}, but the cache holds "
-                f"{capacity}; lower max_new_tokens or raise num_blocks or max_memory_percent"
+                f"input_ids has {prompt} tokens and the request may grow to {most}, but the cache holds {capacity}; "
+                "lower max_new_tokens (or num_beams), or raise num_blocks or max_memory_percent"
             )
 
     def _submit(self, states: list[RequestState]) -> None:
         opened: list[str] = []
+        parents = self._engine.parents
         try:
-            for state in states:
-                if not self._outbox.open(state.request_id):
-                    raise ValueError(
-                        f"request_id={state.request_id!r} is in use: that request lives, or its result was not taken"
-                    )
-                opened.append(state.request_id)
+            for name in [one.request_id for state in states for one in (state, *state.children)]:
+                if not self._outbox.open(name):
+                    raise ValueError(f"request_id={name!r} is in use: that request lives, or its result was not taken")
+                opened.append(name)
+            parents.update((child.request_id, state.request_id) for state in states for child in state.children)
             self._worker.submit(states)
         except BaseException:
             for name in opened:
                 self._outbox.forget(name)
+                parents.pop(name, None)
             raise
 
     def _reject(self, name: str, prompt: Any, error: Exception) -> None:
@@ -437,6 +471,11 @@ class RequestStream:
             raise StopAsyncIteration
         self._over = output.is_finished()
         return output
+
+
+def _child(name: str, number: int) -> str:
+    """What output number `number` of a request is called."""
+    return f"{name}__child#{number - 1}" if number else name
 
 
 def _make_engine(model: Model, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from unspool.continuous.history import History
-from unspool.continuous.requests import RequestState
+from unspool.continuous.requests import RequestState, Wishes
 from unspool.decode.choose.sample import key
 from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.errors import NonFiniteLogits, RequestFailed
 from unspool.logits import run_column
 
-__all__ = ["PlainRows"]
+__all__ = ["PlainRows", "log_probabilities"]
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class PlainChoice(Choice):
     failed: per row whose own processor raised, its error.
     """
 
-    told: list[tuple[float, dict[int, float]] | None] | None = None
+    told: Items[tuple[float, dict[int, float]] | None] | None = None
     failed: dict[int, Exception] | None = None
 
 
@@ -129,7 +129,7 @@ class PlainRows:
 
     def _decide(
         self, kin: Kin, scores: Tensor
-    ) -> tuple[Tensor, list[tuple[float, dict[int, float]] | None] | None, dict[int, Exception]]:
+    ) -> tuple[Tensor, list[tuple[float, dict[int, float]]] | None, dict[int, Exception]]:
         """Tokens of rows that are processed alike, -1 where there is none to choose."""
         first = kin.states[0].wishes
         try:
@@ -146,7 +146,9 @@ class PlainRows:
         else:
             tokens = scores.argmax(dim=-1)
             fine = ~scores.gather(1, tokens[:, None])[:, 0].isnan()
-        told = None if first.top_logprobs is None else _tell(kin.states, scores, tokens)
+        told = None
+        if first.top_logprobs is not None:
+            told = log_probabilities([state.wishes for state in kin.states], scores, tokens)
         return tokens.where(fine, -1), told, {}
 
     def _process(self, states: list[RequestState], scores: Tensor) -> Tensor:
@@ -215,31 +217,11 @@ class PlainRows:
         rows = [state.rows[0] for state in states]
         self._history.append(places, [len(row.tokens) - 1 for row in rows], [row.tokens[-1] for row in rows])
         for state, row in zip(states, rows, strict=True):
-            if state.finish_reason is None:
-                self._ask_criteria(state, row)
+            criteria = state.wishes.limits.criteria
+            if criteria and state.finish_reason is None:
+                state.ask(criteria, self._history.line(row.row, len(row.tokens)))
             if row.finish == "length":
                 state.end("length")
-
-    def _ask_criteria(self, state: RequestState, row: Sequence) -> None:
-        criteria = state.wishes.limits.criteria
-        if not criteria:
-            return
-        ids = self._history.line(row.row, len(row.tokens))
-        for criterion in criteria:
-            try:
-                done = bool(torch.as_tensor(criterion(ids, None)).any())
-            except Exception as error:
-                name = type(criterion).__name__
-                cause = RequestFailed(
-                    f"its criterion {name} raised {error!r}", request_id=state.request_id, cause=error
-                )
-                state.end("error", error=cause)
-                return
-            if done:
-                row.finish = "stop"
-                matched = getattr(criterion, "matched", None)
-                state.end("stop", stop=matched[0] if matched else type(criterion).__name__)
-                return
 
     def _fail(self, state: RequestState, row: Sequence, error: Exception | None) -> None:
         if error is not None:
@@ -250,16 +232,22 @@ class PlainRows:
         state.end("error", error=NonFiniteLogits(text, request_id=state.request_id))
 
 
-def _tell(states: list[RequestState], scores: Tensor, tokens: Tensor) -> list[tuple[float, dict[int, float]] | None]:
-    """The log-probabilities that rows asked for."""
+def log_probabilities(wishes: Items[Wishes], scores: Tensor, tokens: Tensor) -> list[tuple[float, dict[int, float]]]:
+    """Of each row's chosen token and of its likeliest ones, as many as are asked for.
+
+    Args:
+        wishes: of each row.
+        scores: `[rows, vocab]`, processed.
+        tokens: `[rows]`, chosen.
+    """
     logprobs = scores.log_softmax(dim=-1)
     chosen: list[float] = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-    most = min(max(state.wishes.top_logprobs or 0 for state in states), logprobs.shape[1])
+    most = min(max(one.top_logprobs or 0 for one in wishes), logprobs.shape[1])
     if not most:
         return [(value, {}) for value in chosen]
     values, ids = logprobs.topk(most)
-    told: list[tuple[float, dict[int, float]] | None] = []
-    for state, value, best, names in zip(states, chosen, values.tolist(), ids.tolist(), strict=True):
-        count = state.wishes.top_logprobs or 0
+    told: list[tuple[float, dict[int, float]]] = []
+    for one, value, best, names in zip(wishes, chosen, values.tolist(), ids.tolist(), strict=True):
+        count = one.top_logprobs or 0
         told.append((value, dict(zip(names[:count], best[:count], strict=True))))
     return told

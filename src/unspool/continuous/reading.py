@@ -23,10 +23,19 @@ from unspool.logits import as_columns, build_processors
 from unspool.models.base import Model
 from unspool.stopping import build_limits
 
-__all__ = ["Arguments", "Reader", "merged_config"]
+__all__ = ["BEAMS", "Arguments", "Reader", "merged_config"]
 
 _MOST_SAMPLES = 1024
-_DECIDED_ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+BEAMS = frozenset(
+    (
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+        GenerationMode.GROUP_BEAM_SEARCH,
+        GenerationMode.CONSTRAINED_BEAM_SEARCH,
+    )
+)
+_MODES = BEAMS | {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
 
 
 @dataclass(slots=True)
@@ -44,6 +53,7 @@ class Arguments:
     priority: int = 0
     deadline: float | None = None
     cache_salt: Hashable = None
+    assistant_model: Any = None
     return_logprobs: bool | None = None
     top_logprobs: int | None = None
 
@@ -104,25 +114,33 @@ class Reader:
             raise ValueError(f"the request has arguments it has no use for: {names} (a misspelt setting?)")
         _check_arguments(arguments)
         config = resolved.config
-        mode = mode_of(config, assisted=False)
-        if mode not in _DECIDED_ONE_BY_ONE or config.guidance_scale not in (None, 1):
-            asked = mode.value if mode not in _DECIDED_ONE_BY_ONE else f"guidance_scale={config.guidance_scale}"
-            raise Unsupported(f"{asked} is not supported in continuous batching in this version; use generate()")
+        mode = mode_of(config, assisted=arguments.assistant_model is not None)
+        self._check_mode(mode, config, arguments)
         self._set_lengths(resolved, len(prompt))
-        samples = int(config.num_return_sequences or 1)
+        samples = 1 if mode in BEAMS else int(config.num_return_sequences or 1)
         check_number("num_return_sequences", samples, Check(int, 1, _MOST_SAMPLES))
-        if arguments.streamer is not None and samples > 1:
+        if arguments.streamer is not None and int(config.num_return_sequences or 1) > 1:
             raise ValueError(
-                f"streamer follows one output and num_return_sequences={samples}; read them with streaming"
+                f"streamer follows one output and there are {config.num_return_sequences}; read them with streaming"
             )
         seed = self._seed_of(config, number)
         end = None if arguments.deadline is None else monotonic() + arguments.deadline
-        return [self._one(prompt, config, arguments, seed, sample, end) for sample in range(samples)]
+        return [self._one(prompt, config, mode, arguments, seed, sample, end) for sample in range(samples)]
+
+    def _check_mode(self, mode: GenerationMode, config: GenerationConfig, arguments: Arguments) -> None:
+        if mode not in _MODES or config.guidance_scale not in (None, 1) or config.token_healing:
+            asked = mode.value if mode not in _MODES else "token_healing" if config.token_healing else "guidance_scale"
+            raise Unsupported(f"{asked} is not supported in continuous batching in this version; use generate()")
+        if mode in BEAMS and arguments.top_logprobs is not None:
+            raise Unsupported(f"top_logprobs are not kept in {mode.value}; leave them out")
+        if arguments.assistant_model is not None:
+            check_assistant(arguments.assistant_model, self._model)
 
     def _one(
         self,
         prompt: list[int],
         config: GenerationConfig,
+        mode: GenerationMode,
         arguments: Arguments,
         seed: int,
         sample: int,
@@ -153,6 +171,8 @@ class Reader:
         told = self._return_logprobs if arguments.return_logprobs is None else arguments.return_logprobs
         return Wishes(
             config=config,
+            mode=mode,
+            assistant=arguments.assistant_model,
             limits=limits,
             processors=processors,
             columns=as_columns(processors),
@@ -185,6 +205,17 @@ class Reader:
         if self._seed is not None:
             return key(self._seed, number, 0)
         return int(torch.randint(2**62, (1,)))
+
+
+def check_assistant(assistant: Any, model: Model) -> None:
+    """Raise TypeError or ValueError unless `assistant` can draft for `model`."""
+    if not isinstance(assistant, Model):
+        raise TypeError(f"assistant_model must be a native model (see unspool.load), not {type(assistant).__name__}")
+    if assistant.spec.vocab_size != model.spec.vocab_size:
+        raise ValueError(
+            f"assistant_model has a vocabulary of {assistant.spec.vocab_size} and the model one of "
+            f"{model.spec.vocab_size}; they must share a tokenizer"
+        )
 
 
 def _check_arguments(arguments: Arguments) -> None:

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from unspool.cache.prefix import Node
-from unspool.config import GenerationConfig
+from unspool.config import GenerationConfig, GenerationMode
 from unspool.decode.sequence import Group, Sequence, Work
+from unspool.errors import RequestFailed
 from unspool.logits import Column, LogitsProcessorList
-from unspool.stopping import Limits
+from unspool.stopping import Limits, StoppingCriteriaList
 
 __all__ = ["GenerationOutput", "RequestState", "RequestStatus", "Timings", "Usage"]
 
@@ -43,12 +47,15 @@ class Usage:
         completion_tokens: tokens it made.
         cached_tokens: prompt tokens that were found stored when it first began.
         preemptions: how often it was put back to make room.
+        drafted_tokens, accepted_tokens: tokens that were drafted for it, and that it took of them.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -137,6 +144,8 @@ class Wishes:
 
     Attributes:
         config: resolved settings.
+        mode: what strategy they mean.
+        assistant: the draft model, or `None`.
         limits: when its rows end.
         processors: logits processors in order.
         columns: the same as steps that rows of several requests share, or `None` where some cannot.
@@ -148,6 +157,8 @@ class Wishes:
     """
 
     config: GenerationConfig
+    mode: GenerationMode
+    assistant: Any
     limits: Limits
     processors: LogitsProcessorList
     columns: tuple[Column, ...] | None
@@ -204,6 +215,10 @@ class RequestState:
     score: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    children: list[RequestState] = field(default_factory=list)
+    """Further outputs that come of the same rows, and end with it."""
     started_over: bool = False
     nodes: list[Node] = field(default_factory=list)
     """What is kept of it in the prefix index since it ended."""
@@ -223,6 +238,20 @@ class RequestState:
     def current_len(self) -> int:
         """Tokens whose keys and values are stored, of all rows."""
         return sum(row.computed for row in self.rows)
+
+    def ask(self, criteria: StoppingCriteriaList, ids: Tensor) -> None:
+        """Let criteria see the tokens `[1, width]`, and end when one says so, or raises."""
+        for criterion in criteria:
+            try:
+                done = bool(torch.as_tensor(criterion(ids, None)).any())
+            except Exception as error:
+                text = f"its criterion {type(criterion).__name__} raised {error!r}"
+                self.end("error", error=RequestFailed(text, request_id=self.request_id, cause=error))
+                return
+            if done:
+                matched = getattr(criterion, "matched", None)
+                self.end("stop", stop=matched[0] if matched else type(criterion).__name__)
+                return
 
     def end(self, reason: str, *, stop: int | str | None = None, error: BaseException | None = None) -> None:
         """Note how the request ended; the first reason counts."""
@@ -249,7 +278,9 @@ class RequestState:
             exception=self.error,
             top_logprobs=list(self.top_logprobs) if wishes.top_logprobs else None,
             score=self.score,
-            usage=Usage(len(self.prompt_ids), len(tokens), self.cached_tokens, self.preemptions),
+            usage=Usage(
+                len(self.prompt_ids), len(tokens), self.cached_tokens, self.preemptions, self.drafted, self.accepted
+            ),
             timings=Timings(
                 begin - self.created_time if begin >= 0 else None,
                 None if self.first_token is None else self.first_token - self.created_time,

@@ -69,6 +69,11 @@ class Room:
         """The same as a share of all, 0 to 1."""
         return self.available / max(1, min(pool.count for pool in self.store.blocks))
 
+    def spare(self, row: Sequence) -> int:
+        """Tokens that a row can be extended by."""
+        held = len(row.blocks[0]) if row.blocks else 0
+        return (held + self.available) * self.store.block_size - row.computed
+
     def admit(self, row: Sequence, key: Hashable) -> bool:
         """Give a row without blocks those that hold its beginning already; `False` when it should wait for some.
 

@@ -15,7 +15,8 @@ from time import perf_counter
 
 from unspool.continuous.requests import RequestState, RequestStatus
 from unspool.continuous.room import Room
-from unspool.decode.sequence import Sequence, Work
+from unspool.decode.sequence import Drafter, Sequence, Work
+from unspool.errors import RequestFailed
 
 __all__ = ["FIFOScheduler", "PrefillFirstScheduler", "Scheduler", "register_scheduler", "scheduler_class"]
 
@@ -63,6 +64,7 @@ class Scheduler(ABC):
         self.active_requests: dict[str, RequestState] = {}
         self.waiting_requests: dict[str, RequestState] = {}
         self.preemptions = 0
+        self.failed: list[RequestState] = []  # those that could not be planned; the engine answers and clears them
         self._recompute_past = recompute_past
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
@@ -233,6 +235,11 @@ class Scheduler(ABC):
                 self.cache.store.truncate(row, 0)
             feed = row.known
         keep = 1
+        group = state.home.group
+        if group.drafter is not None and feed == 1:
+            if not self._draft(state, group.drafter, row, budget):
+                return True
+            feed = keep = 1 + len(row.draft)
         if feed > budget:
             feed, keep = budget, 0
         end = row.computed + feed
@@ -243,7 +250,21 @@ class Scheduler(ABC):
             return False
         if keep:
             state.status = RequestStatus.DECODING
-        state.work = [Work(row, feed, keep, state.home.group)]
+        state.work = [Work(row, feed, keep, group)]
+        return True
+
+    def _draft(self, state: RequestState, drafter: Drafter, row: Sequence, budget: int) -> bool:
+        """Guess tokens of a row; `False` when that failed, and with it the request."""
+        state.work, row.draft = [], []
+        try:
+            drafter.draft([row])
+        except Exception as error:
+            text = f"drafting for it failed: {error!r}"
+            state.end("error", error=RequestFailed(text, request_id=state.request_id, cause=error))
+            self.failed.append(state)
+            return False
+        most = min(budget, self.cache.spare(row)) - 1
+        row.draft = row.draft[: max(0, most)]
         return True
 
     def _plan_rows(self, state: RequestState, budget: int) -> bool:
@@ -256,22 +277,24 @@ class Scheduler(ABC):
         work: list[Work] = []
         first = live[0]
         alike = all(len(row.tokens) == len(state.prompt_ids) for row in live)
+        every = True
         for row in live[:1] if alike else live:
-            if not row.blocks:
-                self.cache.admit(row, state.wishes.key)
+            if row is not first and not row.blocks and not self.cache.admit(row, state.wishes.key):
+                every = False
+                break  # a row before it is computing what they share
             behind = min(row.known - row.computed - 1, budget)
             if behind > 0:
                 if not self.cache.extend(row, behind):
                     return False
                 work.append(Work(row, behind, 0, group))
                 budget -= behind
-        if work or budget < len(live):
+        if work or not every or budget < len(live):
             state.work = work
             return True
-        if alike and len(live) > 1 and not live[1].blocks:
-            self.cache.freeze(first)
+        if alike and first.computed and len(live) > 1 and not live[1].blocks:
             self.cache.store.reparent(live, [0] * len(live))
         for row in live:
+            self.cache.freeze(row)
             if not self.cache.extend(row, 1):
                 return False
             work.append(Work(row, 1, 1, group))

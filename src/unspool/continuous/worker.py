@@ -79,7 +79,7 @@ class Worker:
 
     def cancel(self, request_id: str) -> None:
         """Cancel a live request; it is answered before the next step."""
-        self.engine.scheduler.set_request_cancellation(request_id)
+        self.engine.scheduler.set_request_cancellation(self.engine.parents.get(request_id, request_id))
         with self._changed:
             self._changed.notify_all()
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from unspool.config import GenerationConfig
 from unspool.decode.choose.ragged import Columns, RaggedChooser
 from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.draft.lookup import Lookup
 from unspool.decode.draft.model import ModelDrafter
-from unspool.decode.draft.rules import DraftRules
+from unspool.decode.draft.rules import draft_rules
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Choice, Drafter, Group, Sequence
 from unspool.errors import Unsupported
@@ -215,23 +213,6 @@ def _model_drafter(
         assistant.backend.device,
         recompute_past=assistant.backend.recompute_past,
         distributions=drawn,
-    )
-
-
-def draft_rules(config: GenerationConfig, assistant: GenerationConfig, eos: frozenset[int]) -> DraftRules:
-    """How much to draft: what the caller set, else what the assistant's own settings say, else the defaults."""
-
-    sources = config._sources or {}
-
-    def pick(name: str) -> Any:
-        own = getattr(assistant, name, None)
-        return own if own is not None and sources.get(name) not in ("call", "object") else getattr(config, name)
-
-    return DraftRules(
-        tokens=int(pick("num_assistant_tokens")),
-        schedule=str(pick("num_assistant_tokens_schedule")),
-        confidence=float(pick("assistant_confidence_threshold") or 0.0),
-        eos=eos,
     )
 
 

@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unspool.config import GenerationConfig
-from unspool.decode.choose.beam import BeamChooser, BeamRules, Ends
-from unspool.decode.choose.constraints import Progress, read_constraints
-from unspool.decode.choose.groups import GroupBeamChooser
+from unspool.decode.choose.beam_rules import Beams, beam_chooser
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.generate.call import Call, Setup
@@ -19,16 +16,6 @@ from unspool.generate.outputs import GenerateBeamDecoderOnlyOutput
 from unspool.generate.recorder import Kept, Tracer, refuse_nothing
 from unspool.generate.stream import Stream
 from unspool.stopping import Limits
-
-Beams = BeamChooser | GroupBeamChooser
-
-
-def beam_filler(config: GenerationConfig, eos: list[int]) -> int:
-    """What follows the end of a finished beam. As in transformers, 0 as pad counts as none, but not for groups."""
-    pad = config.pad_token_id
-    if _grouped(config) and pad is not None:
-        return int(pad)
-    return (pad or eos[0]) if eos else -1
 
 
 def set_up_beams(call: Call) -> Setup:
@@ -47,55 +34,22 @@ def set_up_beams(call: Call) -> Setup:
     return Setup(group, result, forks=True, in_step=True, keep_finished=call.every_row)
 
 
-def _grouped(config: GenerationConfig) -> bool:
-    """Whether rows are decided as transformers 4 did, which knew groups and constraints."""
-    constrained = config.constraints is not None or config.force_words_ids is not None
-    return constrained or (config.num_beam_groups or 1) > 1
-
-
 def _chooser(call: Call) -> Beams:
     """The chooser that the settings ask for."""
-    config, limits, kept = call.config, call.limits, call.kept
-    groups = config.num_beam_groups or 1
-    eos = config.eos_token_id
-    ends = list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
-    longest = config.max_length if config.max_length is not None else limits.max_columns
-    rules = BeamRules(
-        beams=call.copies,
-        candidates=max(2, 1 + len(ends)) * (call.copies // groups),
-        length_penalty=1.0 if config.length_penalty is None else float(config.length_penalty),
-        early_stopping=config.early_stopping or False,
-        max_new=int(longest) - call.prompts.rectangle.shape[1],
-        filler=call.filler,
-    )
-    tokens = torch.tensor(sorted(limits.eos), dtype=torch.int64, device=call.backend.device)
-    end = Ends(tokens, limits.max_columns, limits.criteria, kept.scores)
-    keep = {"keep_scores": kept.needs_scores, "keep_logits": kept.logits is not None}
-    processors = call.processors or None
-    if not _grouped(config):
-        together = call.every_row or not limits.criteria.row_independent
-        return BeamChooser(call.prompts.rectangle, processors, call.noise(), rules, end, together=together, **keep)
-    return GroupBeamChooser(
+    return beam_chooser(
+        call.config,
+        call.limits,
         call.prompts.rectangle,
-        processors,
-        rules,
-        end,
-        groups=groups,
-        close=(ends or sorted(limits.eos) or [-1])[0],
-        progress=_progress(call),
-        together=call.every_row,
-        number=int(config.num_return_sequences or 1),
-        **keep,
+        call.prompts.tokens,
+        processors=call.processors,
+        noise=call.noise(),
+        filler=call.filler,
+        vocab=call.backend.vocab,
+        every_row=call.every_row,
+        scores=call.kept.scores,
+        keep_scores=call.kept.needs_scores,
+        keep_logits=call.kept.logits is not None,
     )
-
-
-def _progress(call: Call) -> Progress | None:
-    """What constraints there are, and how far the prompts have come with them."""
-    config = call.config
-    if config.constraints is None and config.force_words_ids is None:
-        return None
-    constraints = read_constraints(config.constraints, config.force_words_ids, call.backend.vocab)
-    return Progress(constraints, call.prompts.tokens[:: call.copies], call.copies)
 
 
 @dataclass(slots=True, eq=False)

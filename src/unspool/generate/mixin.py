@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
 from unspool.config.fields import FIELDS
+from unspool.decode.choose.beam_rules import beam_filler
 from unspool.errors import Unsupported
-from unspool.generate.beams import beam_filler
 from unspool.generate.call import Assistant, Call
 from unspool.generate.custom import call_custom, load_custom_generate, own_arguments
 from unspool.generate.foreign import ForeignSource

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from unspool.cache import PagedStore, PastKeyValues
 from unspool.cache.past import PastRow
 from unspool.config import GenerationConfig
+from unspool.decode.draft.layers import FirstLayers
 from unspool.decode.fault import find_fault
 from unspool.decode.runner import PagedRunner, Runner, Steps
 from unspool.decode.sequence import Sequence
@@ -21,7 +21,7 @@ from unspool.generate.healing import heal_prompts
 from unspool.generate.inputs import end_tokens, read_embeds, read_prompts
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Reading
-from unspool.models.base import Batch, Model
+from unspool.models.base import Model
 
 # New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.
 _FIRST_ROOM = 1024
@@ -81,11 +81,6 @@ class NativeBackend:
 
     def first_layers(self, layers: int) -> NativeBackend:
         """See `Backend`."""
-        if layers >= self.model.spec.layers:
-            raise ValueError(
-                f"assistant_early_exit={layers} drafts with so many of the model's {self.model.spec.layers} layers; "
-                "choose fewer"
-            )
         return NativeBackend(self.model, layers)
 
     def _separate(self, rows: list[Sequence], room: int) -> PagedStore:
@@ -110,22 +105,6 @@ class NativeBackend:
     def _empty(self, blocks: int) -> PagedStore:
         model = self.model
         return PagedStore(self._steps.spec.groups, blocks, dtype=model.dtype, device=self.device, block_size=_BLOCK)
-
-
-class FirstLayers:
-    """A model that stops after its first layers, with the norm and head of the whole (Elhoushi et al., 2024)."""
-
-    def __init__(self, model: Model, layers: int) -> None:
-        self._model = model
-        self._layers = layers
-        cut = ((group, tuple(layer for layer in group.layers if layer < layers)) for group in model.spec.groups)
-        groups = tuple(replace(group, layers=kept) for group, kept in cut if kept)
-        self.spec = replace(model.spec, groups=groups)
-
-    def step(self, batch: Batch) -> Tensor:
-        """See `Steps`."""
-        batch.layers = self._layers
-        return self._model.step(batch)
 
 
 class NativeSource:

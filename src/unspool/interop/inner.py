@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unspool.bridge.module import Foreign
 from unspool.config import GenerationConfig
 from unspool.config.resolve import as_generation_config
-from unspool.generate.beams import beam_filler
+from unspool.decode.choose.beam_rules import beam_filler
 from unspool.generate.call import Call
 from unspool.generate.foreign import RowsBackend, rows_of
 from unspool.generate.inputs import end_tokens

@@ -73,11 +73,13 @@ class SeededNoise:
         seed: the caller's.
         samples: rows that share a prompt, side by side; a row's place among them is its sample number.
         device: where the noise is made; each kind of device has numbers of its own.
+        first: sample number of the first of them.
     """
 
-    def __init__(self, seed: int, samples: int, device: torch.device) -> None:
+    def __init__(self, seed: int, samples: int, device: torch.device, first: int = 0) -> None:
         self._seed = seed
         self._samples = samples
+        self._first = first
         self._generator = torch.Generator(device=device)
 
     def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
@@ -91,7 +93,7 @@ class SeededNoise:
     def _draw(self, places: Items[tuple[Sequence, int]], vocab: int) -> Tensor:
         noise = torch.empty(len(places), vocab, device=self._generator.device)
         for (row, position), out in zip(places, noise, strict=True):
-            self._generator.manual_seed(key(self._seed, row.row % self._samples, position))
+            self._generator.manual_seed(key(self._seed, self._first + row.row % self._samples, position))
             out.exponential_(1, generator=self._generator)
         return noise
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from unspool.config import GenerationConfig
 from unspool.decode.sequence import Sequence
 
 
@@ -45,3 +47,20 @@ class Pace:
     def made(self, tokens: int) -> None:
         """Tell how many were drafted."""
         self._drafted = tokens
+
+
+def draft_rules(config: GenerationConfig, assistant: GenerationConfig, eos: frozenset[int]) -> DraftRules:
+    """How much to draft: what the caller set, else what the assistant's own settings say, else the defaults."""
+
+    sources = config._sources or {}
+
+    def pick(name: str) -> Any:
+        own = getattr(assistant, name, None)
+        return own if own is not None and sources.get(name) not in ("call", "object") else getattr(config, name)
+
+    return DraftRules(
+        tokens=int(pick("num_assistant_tokens")),
+        schedule=str(pick("num_assistant_tokens_schedule")),
+        confidence=float(pick("assistant_confidence_threshold") or 0.0),
+        eos=eos,
+    )
