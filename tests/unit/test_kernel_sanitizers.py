@@ -1,0 +1,89 @@
+"""The compiled kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, under their own tests.
+
+The compiler checks plain loads and stores and all copies; vector loads and stores under a mask it does not see.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unspool
+from unspool.kernels import native
+
+PACKAGE = Path(unspool.__file__).parent
+TESTS = Path(__file__).parent
+FLAGS = ["-O1", "-g", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+OVERFLOW = """
+import torch
+from unspool.kernels.attention import Plan
+plan = Plan([16], [16], [[0]], 16)
+plan._slots = 0  # what keeps it from smaller pools
+x, pool = torch.ones(16, 1, 16), torch.zeros(8, 1, 16)
+plan.attend(x, x, x, pool, pool.clone(), 1.0)
+"""
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(native.level() == 0, reason=native.describe()),
+    pytest.mark.skipif(platform.system() != "Linux", reason="loads the sanitizers as Linux does"),
+    pytest.mark.skipif(not (PACKAGE / "kernels" / "native.cpp").exists(), reason="needs the kernels' source"),
+]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a Python whose unspool has the kernels with sanitizers in them."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    runtimes = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(runtime).is_absolute() for runtime in runtimes):
+        pytest.skip("g++ has no libasan or libubsan")
+    root = tmp_path_factory.mktemp("sanitized")
+    package = root / "unspool"
+    package.mkdir()
+    for part in PACKAGE.iterdir():
+        if part.name != "kernels":
+            (package / part.name).symlink_to(part)
+    sources = PACKAGE / "kernels"
+    shutil.copytree(sources, package / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    target = package / "kernels" / "_native.so"
+    command = [compiler, *FLAGS, *SANITIZERS, *map(str, sorted(sources.glob("*.cpp"))), "-o", str(target)]
+    subprocess.run(command, check=True, timeout=600)
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves much behind at its end
+        "PYTHONPATH": os.pathsep.join([str(root), str(TESTS.parent)]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def test_the_kernels_touch_only_what_is_theirs(sanitized: dict[str, str]) -> None:
+    chosen = [str(TESTS / "test_kernel_attention.py"), str(TESTS / "test_kernels.py")]
+    names = "definition or same_bits_alone_in_company_in_chunks_and or instructions or stored or norm or gate or turn"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, "-k", names]
+    done = subprocess.run(command, env=sanitized, cwd=TESTS.parents[1], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
+
+
+def test_the_sanitizer_sees_what_is_not(sanitized: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, "-c", OVERFLOW], env=sanitized, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
