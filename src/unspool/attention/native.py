@@ -16,7 +16,7 @@ __all__ = ["NativeAttention", "serves"]
 
 def serves(store: PagedStore) -> bool:
     """Whether the kernels can read `store`; they keep no gradients."""
-    keys = next(iter(store.keys.values()))
+    keys = next(iter(store.keys.values()))  # int8 in a quantised store, which they do not read
     return not torch.is_grad_enabled() and all(
         fits(keys.dtype, keys.device, group.head_dim, store.block_size) for group in store.groups
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unspool.attention.context import GroupContext, Multi, Single, Span, build_context
+from unspool.cache.compact import decode, encode
 from unspool.cache.paged import PagedStore
 
 
@@ -31,7 +32,7 @@ class PagedAttention:
     ) -> None:
         self.store = store
         self.weights = weights
-        like = next(iter(store.keys.values()))
+        like = torch.empty(0, dtype=store.dtype, device=store.device)
         self.contexts: list[GroupContext] = [
             build_context(group, index, rows, feeds, store.block_size, like) for index, group in enumerate(store.groups)
         ]
@@ -42,6 +43,8 @@ class PagedAttention:
         """Store `k` and `v`, answer `q`; shapes as in `models.base.Attend`."""
         context = self.contexts[self.store.group_of[layer]]
         keys, values = self.store.keys[layer], self.store.values[layer]
+        if self.store.quantized:
+            k, v = encode(k), encode(v)
         if context.run >= 0:
             keys[context.run : context.run + k.shape[0]] = k
             values[context.run : context.run + v.shape[0]] = v
@@ -57,11 +60,13 @@ class PagedAttention:
         self, part: Single | Multi, q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         """Answer one part: `[part.count, heads * dim]`."""
-        kv_heads, dim = keys.shape[1:]
-        heads = q.shape[1]
+        heads, dim = q.shape[1:]
+        kv_heads = keys.shape[1]
         fold = heads // kv_heads
         queries = q[part.first : part.first + part.count]
         past_keys, past_values = _read(part, keys), _read(part, values)
+        if self.store.quantized:
+            past_keys, past_values = decode(past_keys, q.dtype), decode(past_values, q.dtype)
         if isinstance(part, Single):
             queries = queries.view(part.count, kv_heads, fold, dim)
             mask = None if part.mask is None else part.mask[:, None, None, :]

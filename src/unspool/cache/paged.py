@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unspool.cache.blocks import Blocks, run_start
+from unspool.cache.compact import SCALE_BYTES
 from unspool.cache.layout import LayerGroup
 from unspool.errors import CacheFull, OutOfMemory
 
@@ -60,8 +61,9 @@ class PagedStore:
     Args:
         groups: the model's layer groups.
         blocks: how many blocks each group gets.
-        dtype, device: of the pools.
+        dtype, device: of keys and values.
         block_size: tokens in a block.
+        quantized: keep them in 8 bits (see `cache.compact`), in half the memory of 16.
 
     Raises:
         OutOfMemory: the pools do not fit on the device.
@@ -75,20 +77,24 @@ class PagedStore:
         dtype: torch.dtype,
         device: torch.device,
         block_size: int = BLOCK_SIZE,
+        quantized: bool = False,
     ) -> None:
-        per_token = sum(group.bytes_per_token(dtype.itemsize) for group in groups)
-        refuse_if_too_large(per_token * blocks * block_size, device)
+        self.dtype = dtype
+        self.device = device
+        self.quantized = quantized
         self.groups = groups
         self.block_size = block_size
         self.blocks = [Blocks(blocks) for _ in groups]
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.group_of: dict[int, int] = {}
+        self._refuse_if_too_large(blocks)
+        stored = torch.int8 if quantized else dtype
         for index, group in enumerate(groups):
             for layer in group.layers:
-                shape = (blocks * block_size, group.kv_heads, group.head_dim)
-                self.keys[layer] = allocate(shape, dtype, device)
-                self.values[layer] = allocate(shape, dtype, device)
+                shape = (blocks * block_size, group.kv_heads, self._width(group))
+                self.keys[layer] = allocate(shape, stored, device)
+                self.values[layer] = allocate(shape, stored, device)
                 self.group_of[layer] = index
 
     def blocks_for(self, tokens: int) -> int:
@@ -198,7 +204,7 @@ class PagedStore:
 
     def adopt(self, row: Row, other: PagedStore, source: Row, tokens: int) -> None:
         """Copy the first `tokens` stored tokens of `source`, a row of an `other` store, into the reserved `row`."""
-        assert self.block_size == other.block_size
+        assert (self.block_size, self.quantized) == (other.block_size, other.quantized)
         used = self.blocks_for(tokens)
         for index, group in enumerate(self.groups):
             ours, theirs = row.blocks[index][:used], source.blocks[index][:used]
@@ -268,10 +274,14 @@ class PagedStore:
             self.blocks[index].drop(table)
         row.blocks = []
 
+    def _width(self, group: LayerGroup) -> int:
+        """Elements that one head's vector takes in a pool."""
+        return group.head_dim + (SCALE_BYTES if self.quantized else 0)
+
     def _refuse_if_too_large(self, blocks: int) -> None:
-        pool = next(iter(self.keys.values()))
-        per_token = sum(group.bytes_per_token(pool.dtype.itemsize) for group in self.groups)
-        refuse_if_too_large(per_token * blocks * self.block_size, pool.device)
+        size = 1 if self.quantized else self.dtype.itemsize
+        per_token = sum(2 * len(group.layers) * group.kv_heads * self._width(group) * size for group in self.groups)
+        refuse_if_too_large(per_token * blocks * self.block_size, self.device)
 
     def _writable(self, row: Row, first: int, need: int) -> bool:
         """Whether `row` has `need` blocks already, from index `first` on for itself alone: the case of most steps."""

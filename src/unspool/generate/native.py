@@ -34,12 +34,14 @@ class NativeBackend:
     Args:
         model: what computes.
         layers: how many of its layers; `None` takes all.
+        quantized: keep keys and values in 8 bits.
     """
 
     abilities = Abilities()
 
-    def __init__(self, model: Model, layers: int | None = None) -> None:
+    def __init__(self, model: Model, layers: int | None = None, *, quantized: bool = False) -> None:
         self.model = model
+        self._quantized = quantized
         self.device = model.device
         self.vocab = model.spec.vocab_size
         self.positions = model.spec.max_positions if model.spec.hard_limit else math.inf
@@ -52,7 +54,7 @@ class NativeBackend:
         """See `Backend`. Rows that fork refer to their prompt's blocks; the others each get a run of their own."""
         room = min(new, _FIRST_ROOM)
         store = self._shared(rows, copies, room) if forks else self._separate(rows, room)
-        if past is not None:
+        if past is not None and past.store.quantized == store.quantized:
             for i, old in enumerate(past.rows):
                 served = rows[i * copies : i * copies + (1 if forks else copies)]
                 for row in served:
@@ -103,8 +105,14 @@ class NativeBackend:
         return store
 
     def _empty(self, blocks: int) -> PagedStore:
-        model = self.model
-        return PagedStore(self._steps.spec.groups, blocks, dtype=model.dtype, device=self.device, block_size=_BLOCK)
+        return PagedStore(
+            self._steps.spec.groups,
+            blocks,
+            dtype=self.model.dtype,
+            device=self.device,
+            block_size=_BLOCK,
+            quantized=self._quantized,
+        )
 
 
 class NativeSource:
@@ -161,12 +169,35 @@ class NativeSource:
         return Reading(
             prompts=expanded,
             seen=prompts,
-            backend=NativeBackend(self.model),
+            backend=NativeBackend(self.model, quantized=_quantized(config, self.device)),
             past=read_past(past, len(prompts.tokens)),
             encoder_ids=prompts.rectangle if prompts.rectangle.shape[1] else None,
             padding=expanded.padding(),
             embeds=columns,
         )
+
+
+def _quantized(config: GenerationConfig, device: torch.device) -> bool:
+    """Whether `cache_implementation` asks for keys and values in 8 bits.
+
+    The paged store is what "dynamic", "static" and "paged" mean here, and on a CPU the "offloaded" kinds too.
+
+    Raises:
+        Unsupported: a kind, or an entry of `cache_config`, that the paged store does not have.
+    """
+    kind = config.cache_implementation
+    if kind in ("offloaded", "offloaded_static") and device.type != "cpu":
+        raise Unsupported(f"cache_implementation={kind!r}: a native model keeps its cache on {device}; leave it out")
+    if kind != "quantized":
+        return False
+    wanted = dict(config.cache_config or {})
+    bits = wanted.pop("nbits", 8)
+    if bits != 8 or wanted:
+        raise Unsupported(
+            f"cache_config={config.cache_config!r}: a native model's quantized cache has 8 bits and one scale for each "
+            "head and token; leave it out, or pass {'nbits': 8}"
+        )
+    return True
 
 
 def read_past(past: Any, rows: int) -> PastKeyValues | None:
