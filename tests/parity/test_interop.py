@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.generation import utils as theirs
 
 import unspool
+from unspool.bridge.drafts import DraftRows
 from unspool.bridge.rows import RowsRunner
 
 ORIGINALS = {name: vars(theirs.GenerationMixin)[name] for name in ("generate", "_sample", "_beam_search")}
@@ -259,11 +261,79 @@ def test_what_is_not_ours_is_left_to_them(model: Any, steps: list[int], caplog: 
     assert "decoded by transformers' own loop" in caplog.text
 
 
-def test_drafts(model: Any) -> None:
-    expected = model.generate(**prompts(1), max_new_tokens=8)
-    for arguments in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model("llama", seed=1)}):
-        with unspool.enabled():
-            assert torch.equal(model.generate(**prompts(1), max_new_tokens=8, **arguments), expected)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("how", ["lookup", "theirs", "native"])
+def test_drafts(family: str, rows: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy text is the same with drafts; rows of one batch advance by different numbers of tokens."""
+    fed: list[int] = []
+    original = DraftRows.run
+
+    def run(self: DraftRows, work: Any, watched: bool) -> Any:
+        fed.append(max(item.feed for item in work))
+        return original(self, work, watched)
+
+    monkeypatch.setattr(DraftRows, "run", run)
+    model, draft = make_model(family), make_model(family)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for parameter in draft.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) * (0.002 if family == "mistral" else 0.01)
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    ids = torch.randint(3, 97, (rows, 9), generator=torch.Generator().manual_seed(7))
+    ids[:, 5:] = ids[:, 1:5]
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[1, :3] = 0
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 14, "pad_token_id": 1}
+    if rows > 1:
+        arguments["eos_token_id"] = model.generate(**arguments)[0, 16:17].tolist()
+    expected = model.generate(**arguments)
+    if how == "lookup":
+        drafts: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    elif how == "theirs":
+        drafts = {"assistant_model": draft}
+    else:
+        draft.save_pretrained(tmp_path)
+        drafts = {"assistant_model": unspool.AutoModelForCausalLM.from_pretrained(tmp_path)}
+        drafts["assistant_model"].generation_config.assistant_confidence_threshold = 0.0
+    if family == "mistral" and rows > 1:
+        with pytest.raises(unspool.Unsupported, match="one row at a time"):
+            unspool.wrap(model).generate(**arguments, **drafts)
+        return
+    found = unspool.wrap(model).generate(**arguments, return_dict_in_generate=True, **drafts)
+    assert torch.equal(found.sequences, expected)
+    assert max(fed[0] - 9, *fed[1:]) > 1
+    if how != "lookup":
+        assert 0.1 < found.acceptance_rate < 1.0
+
+
+def test_drafts_of_an_encoder_decoder() -> None:
+    from architectures import SEQ2SEQ
+
+    bart = next(one for one in SEQ2SEQ if one.model_type == "bart").make()
+    ids = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(7))
+    expected = bart.generate(ids, max_new_tokens=10)
+    assert torch.equal(unspool.wrap(bart).generate(ids, max_new_tokens=10, prompt_lookup_num_tokens=2), expected)
+    with pytest.raises(unspool.Unsupported, match="one row at a time"):
+        unspool.wrap(bart).generate(ids.repeat(2, 1), max_new_tokens=10, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize(("family", "rows", "ours"), [("llama", 1, True), ("llama", 2, True), ("mamba", 1, False)])
+def test_drafts_where_transformers_calls(family: str, rows: int, ours: bool, steps: list[int]) -> None:
+    """`enable()` takes drafts where rows can be taken back, and leaves them to transformers where they cannot."""
+    from architectures import DECODERS
+
+    target = next(one for one in DECODERS if one.model_type == family).make()
+    expected = target.generate(**prompts(rows), max_new_tokens=8)
+    with unspool.enabled():
+        if ours:
+            found = target.generate(**prompts(rows), max_new_tokens=8, prompt_lookup_num_tokens=2)
+            assert torch.equal(found, expected)
+        else:
+            with pytest.raises(ValueError, match="assisted"):
+                target.generate(**prompts(rows), max_new_tokens=8, prompt_lookup_num_tokens=2)
+    assert bool(steps) == ours
 
 
 def test_a_training_step_after_a_call_is_the_same() -> None:

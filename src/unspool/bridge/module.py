@@ -354,6 +354,25 @@ class Foreign:
             return EncoderDecoderCache(made, StaticCache(config, length))
         return EncoderDecoderCache(made, DynamicCache(config=config))
 
+    def cannot_draft(self, rows: int) -> str | None:
+        """Why several tokens of a row cannot be checked in one step and taken back; `None` when they can.
+
+        Args:
+            rows: advance together, each by its own number of tokens.
+        """
+        try:
+            kinds = {kind for kind, _, _ in layer_kinds(self.text_config)}
+        except (ValueError, Unsupported):
+            kinds = {"full_attention"}
+        windows = kinds & {"sliding_attention", "chunked_attention"}
+        if kinds - windows - {"full_attention"}:
+            return f"its {', '.join(sorted(kinds - windows - {'full_attention'}))} layers cannot go back"
+        if rows == 1:
+            return None
+        if self.encoder_decoder or not self.accepts("attention_mask") or not self.accepts("position_ids"):
+            return "its rows can only advance in step; decode one row at a time"
+        return "its window counts columns, where rows come to have holes; decode one row at a time" if windows else None
+
     def reorder(self, past: Any, index: Tensor) -> Any:
         """A past with its rows at places `index` `[rows]`.
 

@@ -143,11 +143,6 @@ class RowsRunner:
 
     def _feed_tokens(self, work: list[Work]) -> Any:
         """Feed each row's next token."""
-        if any(item.feed != 1 for item in work):
-            raise Unsupported(
-                f"{type(self.foreign.module).__name__} is run in its own calling convention, which checks no drafts; "
-                "leave the assistant out"
-            )
         if any(item.seq.pending for item in work):
             column = work[0].group.last
         else:
@@ -181,7 +176,7 @@ class RowsRunner:
             self.inputs[name] = self.foreign.reorder(self.inputs[name], index)
 
     def rewind(self, row: Sequence, tokens: int) -> None:
-        """See `Runner`; drafts are refused before anything needs to be forgotten."""
+        """See `Runner`: `DraftRows` can."""
         raise Unsupported(f"{type(self.foreign.module).__name__} cannot take back tokens")
 
     def retire(self, ended: Items[Sequence], live: Items[Sequence]) -> None:

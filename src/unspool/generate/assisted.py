@@ -111,11 +111,6 @@ class RaggedRecorder:
 
 def set_up_assisted(call: Call) -> Setup:
     """A row for each output, with drafts checked in each step."""
-    if not call.backend.abilities.drafts:
-        raise Unsupported(
-            "drafts (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) need a native model; leave them "
-            "out"
-        )
     if call.prompts.embeds is not None:
         raise Unsupported("inputs_embeds and drafts cannot be combined; pass input_ids, or leave the drafts out")
     if call.tracer is not None:
@@ -202,7 +197,7 @@ def _model_drafter(
         noise,
         keep_scores=True,
     )
-    runner = assistant.backend.runner(mirrors, 1, call.steps, None, forks=False)
+    runner = assistant.backend.runner(mirrors, 1, call.steps, None, forks=False, drafts=True)
     drawn = isinstance(noise, GlobalNoise) or call.config.assistant_ensemble_weight is not None
     return ModelDrafter(
         runner,

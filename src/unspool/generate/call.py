@@ -30,14 +30,12 @@ class Abilities:
         shares_prompts: rows with the same prompt need it computed only once.
         traces: attention weights and hidden states come through the loop; otherwise the backend records them.
         inference_mode: computes in PyTorch's inference mode where the caller does not see its tensors.
-        drafts: several tokens of a row can be checked at once, and forgotten again.
         prompt_budget: prompt tokens to compute in one step when the caller names no chunk; `None` takes all.
     """
 
     shares_prompts: bool = True
     traces: bool = True
     inference_mode: bool = True
-    drafts: bool = True
     # enough to keep matrix products at full speed and ordinary batches whole, few enough to bound activations
     prompt_budget: int | None = 8192
 
@@ -59,7 +57,9 @@ class Backend(Protocol):
     positions: int | float
     recompute_past: int | None
 
-    def runner(self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool) -> Runner:
+    def runner(
+        self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool, drafts: bool = False
+    ) -> Runner:
         """Make room for a call's rows and give what runs them.
 
         Args:
@@ -68,6 +68,10 @@ class Backend(Protocol):
             new: most new tokens of a row.
             past: stored keys and values of an earlier call, or `None`; sets `computed` of the rows they serve.
             forks: rows will be made forks of each other.
+            drafts: rows get several tokens in a step, and may be rewound.
+
+        Raises:
+            Unsupported: what is stored cannot be taken back, and `drafts` needs that.
         """
         ...
 

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unspool.bridge.drafts import DraftRows
 from unspool.bridge.module import Foreign
 from unspool.bridge.rows import Record, RowsRunner
 from unspool.config import GenerationConfig
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
-from unspool.generate.call import Abilities
+from unspool.generate.call import Abilities, Backend
 from unspool.generate.inputs import Prompts, end_tokens
 from unspool.generate.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -74,6 +75,12 @@ class ForeignSource:
             padding=None if foreign.encoder_decoder or not rows.shape[1] else prompts.padding(),
             embeds=main.shape[1] if name == "inputs_embeds" and not foreign.encoder_decoder else 0,
         )
+
+    def draft(self, arguments: Arguments, config: GenerationConfig) -> Backend:
+        """See `Source`."""
+        if self.foreign.encoder_decoder:
+            raise Unsupported("assistant_model is an encoder-decoder, which cannot draft here; leave it out")
+        return self.read(arguments, config, 1).backend
 
     def _main_input(
         self, given: Any, inputs: dict[str, Any], config: GenerationConfig
@@ -170,7 +177,7 @@ _WITH_ENCODER: dict[type, type[GenerateEncoderDecoderOutput] | type[GenerateBeam
 class RowsBackend:
     """See `generate.call.Backend`."""
 
-    abilities = Abilities(shares_prompts=False, traces=False, inference_mode=False, drafts=False, prompt_budget=None)
+    abilities = Abilities(shares_prompts=False, traces=False, inference_mode=False, prompt_budget=None)
     positions = math.inf
     recompute_past: int | None = None
     vocab: int
@@ -195,14 +202,17 @@ class RowsBackend:
         self._record = Record(heads, hidden) if detailed and (heads or hidden) else None
         self._runner: RowsRunner | None = None
 
-    def runner(self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool) -> RowsRunner:
+    def runner(
+        self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool, drafts: bool = False
+    ) -> RowsRunner:
         """See `Backend`: makes the module's cache."""
         embeds = self._inputs.get("inputs_embeds")
         begin = self._ids.shape[1] if embeds is None or self.foreign.encoder_decoder else embeds.shape[1]
         self.foreign.cache(self._config, self._their, self._inputs, len(rows), max(begin, self._ids.shape[1]) + new - 1)
         pad, eos = self._config.pad_token_id, end_tokens(self._config)
         filler = int(pad) if pad is not None else eos[0] if eos else 0
-        self._runner = RowsRunner(self.foreign, rows, self._ids, self._inputs, filler, self._mask_length, self._record)
+        kind = DraftRows if drafts else RowsRunner
+        self._runner = kind(self.foreign, rows, self._ids, self._inputs, filler, self._mask_length, self._record)
         return self._runner
 
     def kwargs(self, rows: list[Sequence], new: int) -> dict[str, Any]:

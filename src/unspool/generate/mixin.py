@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
 from unspool.config.fields import FIELDS
+from unspool.config.resolve import as_generation_config
 from unspool.decode.choose.beam_rules import beam_filler
 from unspool.errors import Unsupported
 from unspool.generate.call import Assistant, Call
@@ -19,7 +20,7 @@ from unspool.generate.custom import call_custom, load_custom_generate, own_argum
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.guidance import read_negative
 from unspool.generate.inputs import Prompts, end_tokens
-from unspool.generate.native import NativeBackend, NativeSource
+from unspool.generate.native import NativeSource
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Source
 from unspool.generate.scores import compute_transition_scores
@@ -74,7 +75,7 @@ class GenerationMixin:
             streamer: gets the prompt, then every step's tokens, then `end()`; when the call fails, `fail(error)`. With
                 beams it has a row for each prompt, and gets tokens once everything that may become its best output
                 begins with them.
-            assistant_model: a smaller native model with the same tokenizer that drafts tokens, which this one then
+            assistant_model: a smaller model with the same tokenizer that drafts tokens, which this one then
                 checks several at a time: the same text, sooner. How much is drafted: `num_assistant_tokens`,
                 `num_assistant_tokens_schedule` and `assistant_confidence_threshold`, of this call or else of its own
                 generation config.
@@ -205,7 +206,7 @@ class GenerationMixin:
             stream=None if given.streamer is None else Stream(given.streamer, reading.seen if beams > 1 else prompts),
             past=reading.past,
             foreign=bool(given.logits_processor or given.stopping_criteria or given.prefix_allowed_tokens_fn),
-            assistant=None if given.assistant is None else _read_assistant(given.assistant, source.vocab_size),
+            assistant=None if given.assistant is None else _read_assistant(given.assistant, source.vocab_size, prompts),
             negative=negative,
         )
 
@@ -292,13 +293,18 @@ def refuse_modes(config: GenerationConfig) -> None:
             raise Unsupported(f"{name}={value!r} is not supported in this version; leave it at {off!r}")
 
 
-def _read_assistant(model: Any, vocab: int | None) -> Assistant:
-    """The draft model of a call, checked."""
-    if not isinstance(model, Model) or not isinstance(model, GenerationMixin):
-        raise TypeError(f"assistant_model must be a native model (see unspool.load), not {type(model).__name__}")
-    if model.spec.vocab_size != vocab:
-        raise ValueError(
-            f"assistant_model has a vocabulary of {model.spec.vocab_size} and the model one of "
-            f"{vocab}; they must share a tokenizer"
+def _read_assistant(model: Any, vocab: int | None, prompts: Prompts) -> Assistant:
+    """The draft model of a call, checked, with the call's rows as its prompts."""
+    if not isinstance(model, nn.Module | GenerationMixin):
+        raise TypeError(
+            f"assistant_model must be a model, not {type(model).__name__}; see unspool.load and unspool.wrap"
         )
-    return Assistant(NativeBackend(model), model.generation_config)
+    source = model._source() if isinstance(model, GenerationMixin) else ForeignSource(model)
+    if None not in (vocab, source.vocab_size) and source.vocab_size != vocab:
+        raise ValueError(
+            f"assistant_model has a vocabulary of {source.vocab_size} and the model one of {vocab}; they must share a "
+            "tokenizer"
+        )
+    own = as_generation_config("the assistant's generation_config", getattr(model, "generation_config", None))
+    arguments = Arguments(None, {"input_ids": prompts.rectangle, "attention_mask": prompts.mask.long()})
+    return Assistant(source.draft(arguments, resolve({}, own).config), own or GenerationConfig())

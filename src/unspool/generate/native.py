@@ -49,7 +49,14 @@ class NativeBackend:
         self._steps: Steps = model if layers is None else FirstLayers(model, layers)
 
     def runner(
-        self, rows: list[Sequence], copies: int, new: int, past: PastKeyValues | None, *, forks: bool
+        self,
+        rows: list[Sequence],
+        copies: int,
+        new: int,
+        past: PastKeyValues | None,
+        *,
+        forks: bool,
+        drafts: bool = False,
     ) -> PagedRunner:
         """See `Backend`. Rows that fork refer to their prompt's blocks; the others each get a run of their own."""
         room = min(new, _FIRST_ROOM)
@@ -175,6 +182,10 @@ class NativeSource:
             padding=expanded.padding(),
             embeds=columns,
         )
+
+    def draft(self, arguments: Arguments, config: GenerationConfig) -> NativeBackend:
+        """See `Source`; the rows bring their tokens."""
+        return NativeBackend(self.model)
 
 
 def _quantized(config: GenerationConfig, device: torch.device) -> bool:

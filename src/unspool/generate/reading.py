@@ -72,3 +72,7 @@ class Source(Protocol):
     def read(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
         """Check and read the call's inputs, for `copies` rows of each prompt."""
         ...
+
+    def draft(self, arguments: Arguments, config: GenerationConfig) -> Backend:
+        """What drafts for another model's rows, which are the inputs."""
+        ...

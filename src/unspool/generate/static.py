@@ -40,7 +40,8 @@ def run(call: Call) -> Tensor | GenerateOutput:
         guidance = next(processor for processor in call.processors if isinstance(processor, GuidanceLogitsProcessor))
         setup = guided(setup, call, guidance, *call.negative)
     rows = setup.group.rows
-    runner = call.backend.runner(rows, call.copies, call.steps, call.past, forks=setup.forks)
+    drafts = setup.group.drafter is not None
+    runner = call.backend.runner(rows, call.copies, call.steps, call.past, forks=setup.forks, drafts=drafts)
     scheduler = StaticScheduler(
         setup.group,
         runner,

@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unspool.config import GenerationMode, resolve
+from unspool.bridge.module import Foreign
+from unspool.config import GenerationConfig, GenerationMode, resolve
 from unspool.config.mode import mode_of
 from unspool.errors import Unsupported
-from unspool.generate.foreign import RowsBackend
 from unspool.generate.mixin import GenerationMixin, refuse_arguments, refuse_modes
 from unspool.interop import inner
 from unspool.interop.notes import note
@@ -211,6 +211,8 @@ def _declined(module: Any, given: dict[str, Any], rest: dict[str, Any]) -> str |
     own = _own(module, _OWN_WAY)
     if own is not None:
         return f"it has a {own}() of its own"
+    if given.get("custom_generate") is not None:
+        return "custom_generate is written for what transformers prepares"
     if rest.get("cache_implementation") == "paged":
         return "cache_implementation='paged' asks for transformers' continuous batching"
     try:
@@ -220,6 +222,17 @@ def _declined(module: Any, given: dict[str, Any], rest: dict[str, Any]) -> str |
     except Unsupported as error:
         return str(error)
     mode = mode_of(config, given.get("assistant_model") is not None)
-    if mode is GenerationMode.ASSISTED_GENERATION and not RowsBackend.abilities.drafts:
-        return "drafts need a model that can take back tokens of single rows"
-    return None
+    return _cannot_draft(module, given, rest, config) if mode is GenerationMode.ASSISTED_GENERATION else None
+
+
+def _cannot_draft(module: Any, given: dict[str, Any], rest: dict[str, Any], config: GenerationConfig) -> str | None:
+    """Why drafts are left to transformers; `None` when they are not."""
+    foreign = Foreign(module)
+    assistant = given.get("assistant_model")
+    if config.assistant_early_exit is not None or config.use_mtp:
+        return "assistant_early_exit and use_mtp draft with the model's own parts"
+    if assistant is not None and (foreign.encoder_decoder or Foreign(assistant).encoder_decoder):
+        return "the assistant of an encoder-decoder shares its encoder"
+    ids = given.get("inputs", rest.get("input_ids"))
+    rows = ids.shape[0] * int(config.num_return_sequences or 1) if isinstance(ids, Tensor) else 1
+    return foreign.cannot_draft(rows) or (None if assistant is None else Foreign(assistant).cannot_draft(rows))
