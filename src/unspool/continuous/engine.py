@@ -79,6 +79,7 @@ class Engine:
         self.parents: dict[str, str] = {}
         self._loop = Loop(runner, self, device=device, in_step=True, failed=self._group_failed)
         self._scheduled: list[RequestState] = []
+        self._fed = self._made = 0  # tokens of the step
         self._idle = 0  # steps in a row that fed nothing
         self._ended: dict[str, list[Node]] = {}
         self._deadlines: list[tuple[float, int, RequestState]] = []
@@ -130,7 +131,10 @@ class Engine:
         group = self.plain.group
         single = [state.work[0] for state in self._scheduled if state.home.group is group]
         single.sort(key=_place)
-        return single + [item for state in self._scheduled if state.home.group is not group for item in state.work]
+        work = single + [item for state in self._scheduled if state.home.group is not group for item in state.work]
+        self._fed = sum([item.feed for item in work])
+        self._made = sum([item.keep for item in work])
+        return work
 
     def answer_all(self, reason: str, error: BaseException | None) -> None:
         """End every request for one reason."""
@@ -177,23 +181,24 @@ class Engine:
 
     def _look_after(self) -> None:
         """After a step: index what is stored, tell those who follow, and close requests that ended."""
-        fed = made = 0
-        room, sent = self.room, self._sent
+        room, sent, size = self.room, self._sent, self.room.store.block_size
         failed, self.scheduler.failed = self.scheduler.failed, []
         for state in failed:
             self._close(state)
         for state in self._scheduled:
-            for item in state.work:
-                fed += item.feed
-                made += item.keep
-            if state.error is None and (len(state.rows) == 1 or state.status is RequestStatus.PREFILLING):
-                for item in state.work:
-                    room.advance(item.seq)
-            if state in sent and state.error is None:
-                self._tell(state)
+            if state.error is None:
+                computed = state.rows[0].computed
+                if state.status is RequestStatus.PREFILLING:
+                    for item in state.work:
+                        room.advance(item.seq)
+                elif computed >= state.boundary and len(state.rows) == 1:
+                    room.advance(state.rows[0])
+                    state.boundary = (computed // size + 1) * size
+                if sent and state in sent:
+                    self._tell(state)
             if state.finish_reason is not None:
                 self._close(state)
-        self.tally.step(fed, made)
+        self.tally.step(self._fed, self._made)
 
     def _tell(self, state: RequestState) -> None:
         """Give new tokens to those who follow a request."""

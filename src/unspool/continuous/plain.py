@@ -181,7 +181,6 @@ class PlainRows:
         """See `Sink`. A row that has no token to choose, or whose criterion raises, fails alone."""
         assert isinstance(choice, PlainChoice)
         now = time.perf_counter()
-        places: list[int] = []
         read: list[RequestState] = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             state = self.states[row.row]
@@ -190,38 +189,41 @@ class PlainRows:
                 self._fail(state, row, (choice.failed or {}).get(i))
                 continue
             row.tokens.append(token)
-            wishes = state.wishes
-            limits = wishes.limits
-            if state.first_token is None:
-                state.first_token = now
-            if wishes.record_timestamps:
-                state.timestamps.append(now)
-            if token in limits.eos:
+            if token in state.eos:
                 row.finish = "stop"
                 state.end("stop", stop=token)
-            elif len(row.tokens) >= limits.max_columns:
+            elif len(row.tokens) >= state.most:
                 row.finish = "length"
-            if choice.told is not None and (told := choice.told[i]) is not None:
-                state.logprobs.append(told[0])
-                state.top_logprobs.append(told[1])
-            if wishes.reads_ids:
-                places.append(row.row)
-                read.append(state)
-            elif row.finish == "length":
-                state.end("length")
-        if read:
-            self._ask(places, read)
+            if state.first_token is None:
+                state.first_token = now
+            if state.attentive:
+                wishes = state.wishes
+                if wishes.record_timestamps:
+                    state.timestamps.append(now)
+                if wishes.reads_ids:
+                    read.append(state)
+        if choice.told is not None:
+            for row, told in zip(rows, choice.told, strict=False):
+                if told is not None and (state := self.states[row.row]) is not None and state.error is None:
+                    state.logprobs.append(told[0])
+                    state.top_logprobs.append(told[1])
+        self._ask(read)
+        for row in rows:
+            if row.finish is not None and (state := self.states[row.row]) is not None:
+                state.end(row.finish)
 
-    def _ask(self, places: list[int], states: list[RequestState]) -> None:
-        """Let rows see their tokens, and their criteria what they say to them."""
+    def _ask(self, states: list[RequestState]) -> None:
+        """Let rows see their newest tokens, and their criteria what they say to them."""
+        if not states:
+            return
         rows = [state.rows[0] for state in states]
-        self._history.append(places, [len(row.tokens) - 1 for row in rows], [row.tokens[-1] for row in rows])
+        self._history.append(
+            [row.row for row in rows], [len(row.tokens) - 1 for row in rows], [row.tokens[-1] for row in rows]
+        )
         for state, row in zip(states, rows, strict=True):
             criteria = state.wishes.limits.criteria
             if criteria and state.finish_reason is None:
                 state.ask(criteria, self._history.line(row.row, len(row.tokens)))
-            if row.finish == "length":
-                state.end("length")
 
     def _fail(self, state: RequestState, row: Sequence, error: Exception | None) -> None:
         if error is not None:

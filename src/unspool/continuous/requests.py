@@ -224,6 +224,23 @@ class RequestState:
     """What is kept of it in the prefix index since it ended."""
     made: list[int] | None = None
     """The output, where it is not the first row's."""
+    reach: int = 0
+    """Tokens that the row's blocks have room for. Owner: the scheduler."""
+    boundary: int = 0
+    """Stored tokens at which another block is to be indexed. Owner: the engine."""
+    eos: frozenset[int] = field(init=False)
+    most: int = field(init=False)
+    attentive: bool = field(init=False)
+    """Every token concerns more than the row itself."""
+    next_token: list[Work] = field(init=False)
+    """The work of a plain decode step, which is the same every time; empty where steps differ."""
+
+    def __post_init__(self) -> None:
+        wishes, group = self.wishes, self.home.group
+        self.eos, self.most = wishes.limits.eos, wishes.limits.max_columns
+        self.attentive = wishes.reads_ids or wishes.record_timestamps
+        plain = len(self.rows) == 1 and group.drafter is None
+        self.next_token = [Work(self.rows[0], 1, 1, group)] if plain else []
 
     @property
     def priority(self) -> int:

@@ -138,6 +138,12 @@ class Scheduler(ABC):
         place = -1
         while (place := place + 1) < last and token_budget > 0:
             state = order[place]
+            if state.status is RequestStatus.DECODING and (row := state.rows[0]).computed < state.reach:
+                state.work = state.next_token
+                chosen.append(state)
+                token_budget -= 1
+                cache_budget -= row.computed
+                continue
             waits = state.status is RequestStatus.PENDING
             if waits and (full or not self._may_start()):
                 full = True
@@ -195,7 +201,7 @@ class Scheduler(ABC):
 
     def _stop(self, state: RequestState, *, forget: bool) -> None:
         """Take a running request's blocks and its place."""
-        state.work = []
+        state.work, state.reach, state.boundary = [], 0, 0
         for row in state.rows:
             state.nodes = self.cache.release(row)
             if forget:
@@ -250,6 +256,8 @@ class Scheduler(ABC):
             return False
         if keep:
             state.status = RequestStatus.DECODING
+            if state.next_token and limit is None:
+                state.reach = len(row.blocks[0]) * self.cache.store.block_size
         state.work = [Work(row, feed, keep, group)]
         return True
 
