@@ -1,0 +1,190 @@
+"""Random traffic with cancels, deadlines and faults: everything is answered once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unspool
+from unspool import ContinuousBatchingConfig, ManagerStopped, QueueFull
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir: Path) -> Any:
+    loaded = unspool.load(tiny_llama_dir, dtype="float32", device="cpu")[0]
+    loaded.generation_config.eos_token_id = None
+    return loaded
+
+
+class Fault(Exception):
+    pass
+
+
+def sometimes(chance: random.Random, rate: float) -> Any:
+    """A processor that breaks now and then."""
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if chance.random() < rate:
+            raise Fault
+        return scores
+
+    return process
+
+
+def wanted(chance: random.Random) -> dict[str, Any]:
+    """A request of any kind."""
+    kinds: list[dict[str, Any]] = [
+        {"do_sample": False},
+        {"do_sample": True, "top_p": 0.9, "num_return_sequences": chance.randint(1, 3)},
+        {"do_sample": True, "seed": 3, "repetition_penalty": 1.2},
+        {"do_sample": False, "num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": False, "logits_processor": [sometimes(chance, 0.1)]},
+        {"do_sample": False, "stopping_criteria": [lambda ids, scores, **kw: ids[0, -1] % 5 == 0]},
+    ]
+    settings = {"max_new_tokens": chance.randint(1, 30)} | chance.choice(kinds)
+    if chance.random() < 0.1:
+        settings["deadline"] = chance.choice([0.001, 0.02, 5.0])
+    if chance.random() < 0.2:
+        settings["cache_salt"] = chance.choice("ab")
+    return settings
+
+
+def prompt(chance: random.Random) -> list[int]:
+    shared = [7] * chance.choice([0, 16, 40])
+    return shared + [chance.randint(3, 300) for _ in range(chance.randint(1, 30))]
+
+
+def outputs_of(settings: dict[str, Any]) -> int:
+    return int(settings.get("num_return_sequences", 1))
+
+
+def traffic(manager: Any, chance: random.Random, until: float, owed: Counter[str], lock: threading.Lock) -> None:
+    """Send requests and cancel some of them."""
+    while time.monotonic() < until:
+        settings = wanted(chance)
+        try:
+            name = manager.add_request(prompt(chance), **settings)
+        except QueueFull:
+            time.sleep(0.002)
+            continue
+        except ManagerStopped:
+            return
+        with lock:
+            owed[name] += outputs_of(settings)
+        if chance.random() < 0.3:
+            time.sleep(chance.random() * 0.01)
+            manager.cancel_request(name)
+
+
+def soak(model: Any, seconds: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    chance = random.Random(seed)
+    config = ContinuousBatchingConfig(
+        num_blocks=30, page_size=16, max_batch_tokens=40, max_requests_per_batch=8, max_queue_size=40
+    )
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    step = type(model).step
+
+    def breaks(self: Any, batch: Any) -> torch.Tensor:
+        if chance.random() < 0.01:
+            raise Fault
+        return step(self, batch)
+
+    monkeypatch.setattr(type(model), "step", breaks)
+    owed: Counter[str] = Counter()
+    lock = threading.Lock()
+    until = time.monotonic() + seconds
+    senders = [
+        threading.Thread(target=traffic, args=(manager, random.Random(seed + i), until, owed, lock)) for i in range(3)
+    ]
+    manager.start()
+    for sender in senders:
+        sender.start()
+    got: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+
+    def collect(timeout: float | None) -> bool:
+        output = manager.get_result(timeout=timeout)
+        if output is None:
+            return False
+        assert output.is_finished() and output.finish_reason is not None
+        if output.finish_reason == "error":
+            assert isinstance(output.exception, unspool.RequestFailed)
+            assert isinstance(output.exception.__cause__, Fault)
+        got[output.request_id.partition("__child#")[0]] += 1
+        reasons[output.finish_reason] += 1
+        return True
+
+    while any(sender.is_alive() for sender in senders):
+        collect(0.01)
+    with manager.pause():
+        pass
+    manager.stop(timeout=60)
+    assert not manager.is_running() and manager.fatal_error is None
+    while collect(None):
+        pass
+    assert got == owed
+    room, engine = manager._engine.room, manager._engine
+    assert all(pool.free + len(room.index) == pool.count for pool in room.store.blocks)
+    assert room.index.idle == len(room.index)
+    assert not room._trails and not room._promises and not engine.live and not engine.parents and not engine._sent
+    assert not manager._outbox._boxes and not manager._outbox._unread
+    assert len(engine.plain._free) == 8
+    room.index.give_up(len(room.index))
+    assert all(pool.free == pool.count for pool in room.store.blocks)
+    return reasons
+
+
+def test_a_short_soak(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = soak(model, 3.0, 1, monkeypatch)
+    assert reasons["length"] and reasons["cancelled"] and reasons["error"] and reasons["stop"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_a_long_soak(model: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    soak(model, 60.0, seed * 100, monkeypatch)
+
+
+@pytest.mark.parametrize("boundary", range(12))
+def test_a_fault_at_every_step(model: Any, boundary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of a fixed mixture fails: its requests are told, and those that come later get their text."""
+    chance = random.Random(5)
+    manager = model.init_continuous_batching(
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=24, page_size=16, max_batch_tokens=30)
+    )
+    requests = [(prompt(chance), wanted(chance) | {"max_new_tokens": 8}) for _ in range(9)]
+    for _, settings in requests:
+        settings.pop("deadline", None)
+        settings.pop("logits_processor", None)
+    names = [(manager.add_request(ids, **settings), outputs_of(settings)) for ids, settings in requests]
+    step, count = type(model).step, iter(range(1000))
+
+    def breaks(self: Any, batch: Any) -> torch.Tensor:
+        if next(count) == boundary:
+            raise Fault
+        return step(self, batch)
+
+    monkeypatch.setattr(type(model), "step", breaks)
+    while manager.step():
+        pass
+    reasons = Counter()
+    for name, outputs in names:
+        for one in [name, *(f"{name}__child#{i}" for i in range(outputs - 1))]:
+            reasons[manager.get_result(one).finish_reason] += 1
+    assert reasons["error"] > 0 and sum(reasons.values()) == sum(outputs for _, outputs in names)
+    again = manager.add_request([5, 6, 7], max_new_tokens=6, do_sample=False)
+    while manager.step():
+        pass
+    wanted_tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)[0, 3:].tolist()
+    assert manager.get_result(again).generated_tokens == wanted_tokens
+    room = manager._engine.room
+    assert room.index.idle == len(room.index)
+    assert all(pool.free + len(room.index) == pool.count for pool in room.store.blocks)
