@@ -434,6 +434,7 @@ def test_deadlines(model: Any, expected: list[list[int]]) -> None:
     runs = manager.add_request(PROMPTS[0], deadline=0.05, max_new_tokens=400)
     waits = manager.add_request(PROMPTS[1], deadline=0.05)
     fine = manager.add_request(PROMPTS[2], deadline=60)
+    manager.add_request(PROMPTS[0], deadline=0.05, do_sample=True, num_return_sequences=3)
     manager.step()
     time.sleep(0.06)
     finish(manager)

@@ -82,7 +82,7 @@ class Engine:
         self._fed = self._made = 0  # tokens of the step
         self._idle = 0  # steps in a row that fed nothing
         self._ended: dict[str, list[Node]] = {}
-        self._deadlines: list[tuple[float, int, RequestState]] = []
+        self._deadlines: list[tuple[float, str]] = []  # when, and whose; some of them are over
         self._sent: dict[RequestState, int] = {}  # how many tokens those who follow a request have seen
 
     def take_in(self, states: Items[RequestState]) -> None:
@@ -91,7 +91,7 @@ class Engine:
             self.live[state.request_id] = state
             wishes = state.wishes
             if wishes.deadline is not None:
-                heappush(self._deadlines, (wishes.deadline, state.number, state))
+                heappush(self._deadlines, (wishes.deadline, state.request_id))
             if wishes.streaming or wishes.streamer is not None:
                 self._sent[state] = 0
             for child in state.children:
@@ -174,8 +174,9 @@ class Engine:
             self._close(state)
         now = monotonic() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
-            state = heappop(self._deadlines)[2]
-            if state.request_id in self.live:
+            deadline, request_id = heappop(self._deadlines)
+            state = self.live.get(request_id)
+            if state is not None and state.wishes.deadline == deadline:
                 state.end("deadline")
                 self._close(state)
 
