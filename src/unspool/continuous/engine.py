@@ -175,10 +175,10 @@ class Engine:
         now = monotonic() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heappop(self._deadlines)
-            state = self.live.get(request_id)
-            if state is not None and state.wishes.deadline == deadline:
-                state.end("deadline")
-                self._close(state)
+            late = self.live.get(request_id)
+            if late is not None and late.wishes.deadline == deadline:
+                late.end("deadline")
+                self._close(late)
 
     def _look_after(self) -> None:
         """After a step: index what is stored, tell those who follow, and close requests that ended."""
