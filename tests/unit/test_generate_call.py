@@ -377,3 +377,27 @@ def test_memory_that_is_not_there_is_said_before_it_is_taken(model: Any, monkeyp
         model.generate(IDS, max_new_tokens=100)
     monkeypatch.undo()
     assert model.generate(IDS, max_new_tokens=3).shape == (1, 7)
+
+
+def test_a_fault_of_the_callers_says_in_which_step(model: Any) -> None:
+    class Refusal(Exception):
+        pass
+
+    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 7:
+            raise Refusal("no")
+        return scores
+
+    before = model.generate(IDS, max_new_tokens=6, do_sample=False).tolist()
+    for way in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"guidance_scale": 1.5}):
+        with pytest.raises(Refusal, match="no") as caught:
+            model.generate(IDS, max_new_tokens=6, do_sample=False, logits_processor=[broken], **way)
+        assert any("raised in step" in note for note in caught.value.__notes__)
+        assert model.generate(IDS, max_new_tokens=6, do_sample=False).tolist() == before
+
+
+def test_a_misspelt_setting_names_the_nearest(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"max_new_token \(did you mean max_new_tokens\?\)"):
+        model.generate(IDS, max_new_token=3)
+    with pytest.raises(ValueError, match=r"temprature, top_kk .did you mean temperature, top_k"):
+        model.generate(IDS, temprature=0.5, top_kk=3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from unspool.cache import (
 )
 from unspool.cache.arrange import layer_kinds
 from unspool.config import GenerationConfig
+from unspool.config.unknown import no_use_for
 from unspool.errors import Unsupported
 
 __all__ = ["CACHE_NAMES", "Foreign"]
@@ -143,9 +143,7 @@ class Foreign:
             return
         wrong = [name for name, value in inputs.items() if value is not None and name not in known]
         if wrong:
-            near = [match for name in wrong for match in get_close_matches(name, sorted(known), 1)]
-            hint = f" (did you mean {', '.join(near)}?)" if near else " (a misspelt setting?)"
-            raise ValueError(f"{type(self.module).__name__} has no use for: {', '.join(sorted(wrong))}{hint}")
+            raise ValueError(no_use_for(type(self.module).__name__, wrong, known))
 
     # What is fed in each step
 

@@ -16,6 +16,7 @@ from unspool.config.fields import FIELDS
 from unspool.config.mode import mode_of
 from unspool.config.ranges import Check, check_number
 from unspool.config.resolve import as_generation_config
+from unspool.config.unknown import no_use_for
 from unspool.continuous.requests import Wishes
 from unspool.decode.choose.sample import key
 from unspool.errors import Unsupported
@@ -110,8 +111,7 @@ class Reader:
         """
         resolved = resolve(settings, arguments.generation_config, self._base)
         if resolved.unused:
-            names = ", ".join(sorted(resolved.unused))
-            raise ValueError(f"the request has arguments it has no use for: {names} (a misspelt setting?)")
+            raise ValueError(no_use_for("the request", resolved.unused))
         _check_arguments(arguments)
         config = resolved.config
         mode = mode_of(config, assisted=arguments.assistant_model is not None)

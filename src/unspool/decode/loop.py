@@ -61,6 +61,7 @@ class Loop:
         self.in_step = in_step or device.type == "cpu"
         self._failed = failed
         self._flights: list[Flight] = []
+        self._steps = 0
 
     def run(self) -> None:
         """Step until the scheduler has nothing to feed and nothing is in flight. The caller turns gradients off."""
@@ -70,6 +71,7 @@ class Loop:
     def step(self) -> bool:
         """Launch the next step and commit the one before (or, in step, itself); `False` when nothing was left to do."""
         work = self.scheduler.plan()
+        self._steps += 1
         before, self._flights = self._flights, self._launch(work) if work else []
         self._commit(before)
         if self.in_step:
@@ -170,6 +172,7 @@ class Loop:
                 row.draft = []
 
     def _blame(self, group: Group, error: Exception) -> None:
+        error.add_note(f"raised in step {self._steps} of decoding")
         if self._failed is None:
             raise error
         self._failed(group, error)

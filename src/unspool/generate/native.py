@@ -11,6 +11,7 @@ from torch import Tensor
 from unspool.cache import PagedStore, PastKeyValues
 from unspool.cache.past import PastRow
 from unspool.config import GenerationConfig
+from unspool.config.unknown import no_use_for
 from unspool.decode.draft.layers import FirstLayers
 from unspool.decode.fault import find_fault
 from unspool.decode.runner import PagedRunner, Runner, Steps
@@ -147,8 +148,7 @@ class NativeSource:
         rest.pop("token_type_ids", None)  # tokenizers give them; they change nothing here
         embeds = rest.pop("inputs_embeds", None)
         if rest:
-            names = ", ".join(sorted(rest))
-            raise ValueError(f"generate() got arguments it has no use for: {names} (a misspelt setting?)")
+            raise ValueError(no_use_for("generate()", rest))
         given = arguments.inputs if ids is None else ids
         if embeds is not None and past is not None:
             raise Unsupported("inputs_embeds and past_key_values cannot be combined; pass input_ids")
