@@ -47,6 +47,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "GenerateDecoderOnlyOutput",
         "GenerateEncoderDecoderOutput",
     ),
+    "unspool.interop.auto": (
+        "AutoModelForImageTextToText",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSpeechSeq2Seq",
+    ),
     "unspool.interop": ("disable", "enable", "enabled", "wrap"),
     "unspool.cache": (
         "Cache",
@@ -221,6 +226,11 @@ if TYPE_CHECKING:
         load as load,
     )
     from unspool.interop import disable as disable, enable as enable, enabled as enabled, wrap as wrap
+    from unspool.interop.auto import (
+        AutoModelForImageTextToText as AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq as AutoModelForSpeechSeq2Seq,
+    )
     from unspool.logits import (
         AlternatingCodebooksLogitsProcessor as AlternatingCodebooksLogitsProcessor,
         BarkEosPrioritizerLogitsProcessor as BarkEosPrioritizerLogitsProcessor,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from unspool.continuous import ContinuousMixin
     from unspool.generate import GenerationMixin
+    from unspool.interop import Wrapped
     from unspool.models.base import Model
     from unspool.tokenization import Tokenizer
     from unspool.types import FileName
@@ -151,8 +152,11 @@ class AutoModelForCausalLM:
         attn_implementation: str | None = None,
         low_cpu_mem_usage: bool | None = None,
         use_safetensors: bool | None = None,
-    ) -> CausalLM:
+    ) -> CausalLM | Wrapped:
         """Load the model of a folder, a Hub repository or a built-in name.
+
+        A model of a family that is not native is loaded by the installed transformers, with the same arguments, and
+        comes wrapped (see `unspool.wrap`).
 
         Args:
             pretrained_model_name_or_path: As `path_or_id` of `unspool.load`.
@@ -167,7 +171,7 @@ class AutoModelForCausalLM:
             cache_dir: Where downloads are kept.
             local_files_only: Never touch the network.
             force_download: Download again what is in the cache already.
-            trust_remote_code: Accepted, and without effect: code from a repository is never run.
+            trust_remote_code: Passed on to transformers; native models never run code from a repository.
             quantization_config: Not supported yet; anything but `None` is refused.
             attn_implementation: `"sdpa"`, `"eager"` or `None`, which are one here; others are refused.
             low_cpu_mem_usage: Accepted, and without effect: loading always streams tensor by tensor.
@@ -181,6 +185,23 @@ class AutoModelForCausalLM:
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} contradict each other; pass dtype alone")
+        hub = HubArguments(revision, subfolder, token, cache_dir, local_files_only, force_download)
+        family = _family(locate(pretrained_model_name_or_path, hub=hub))
+        if family is not None:
+            from unspool.interop.auto import through_transformers
+
+            arguments = {
+                **{entry.name: getattr(hub, entry.name) for entry in fields(hub)},
+                "dtype": dtype,
+                "torch_dtype": torch_dtype,
+                "device_map": device_map,
+                "trust_remote_code": trust_remote_code,
+                "quantization_config": quantization_config,
+                "attn_implementation": attn_implementation,
+                "use_safetensors": use_safetensors,
+            }
+            reason = f"{pretrained_model_name_or_path!r} is a {family} model, which is not native here"
+            return through_transformers("AutoModelForCausalLM", pretrained_model_name_or_path, reason, arguments)
         if quantization_config is not None:
             raise Unsupported("quantization_config is not supported yet; leave it out and pass dtype='bfloat16'")
         if attn_implementation not in (None, "sdpa", "eager"):
@@ -190,7 +211,6 @@ class AutoModelForCausalLM:
         if use_safetensors is False:
             raise Unsupported("use_safetensors=False: only safetensors are read, never pickled weights; leave it out")
         device = _device_of(device_map)
-        hub = HubArguments(revision, subfolder, token, cache_dir, local_files_only, force_download)
         folder = locate(pretrained_model_name_or_path, weights=True, hub=hub)
         model = _load_model(folder, dtype if dtype is not None else torch_dtype, device)
         model.name_or_path = os.fspath(pretrained_model_name_or_path)
@@ -269,6 +289,17 @@ def locate(path_or_id: FileName, *, weights: bool = False, hub: HubArguments | N
             f"there is no folder {name and os.fspath(folder)!r}, and that cannot be a Hub id ('owner/name')"
         )
     return _download(name, weights, hub)
+
+
+def _family(folder: Path) -> str | None:
+    """The `model_type` of a checkpoint that has no native class; `None` when it has one, or names none."""
+    from unspool.models.registry import supported
+
+    try:
+        family = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):  # whoever reads the weights says what is wrong
+        return None
+    return None if family in supported() else str(family)
 
 
 def _download(repo: str, weights: bool, hub: HubArguments) -> Path:

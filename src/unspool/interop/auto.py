@@ -1,0 +1,92 @@
+"""Models that transformers loads and unspool decodes, under transformers' names for the kinds of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from unspool.errors import Unsupported
+from unspool.hub import BUILT_IN
+from unspool.interop.wrap import Wrapped, wrap
+
+if TYPE_CHECKING:
+    from unspool.types import FileName
+
+__all__ = [
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "through_transformers",
+]
+
+
+def through_transformers(kind: str, path_or_id: FileName, reason: str, arguments: Mapping[str, Any]) -> Wrapped:
+    """Load a model with transformers' own auto class and wrap it.
+
+    Args:
+        kind: name of the class, `"AutoModelForCausalLM"`.
+        path_or_id: a folder, a Hub id or a built-in name.
+        reason: why it is loaded so, for the error message.
+        arguments: of its `from_pretrained`; those that are `None` are left out. Safetensors alone are read, and code of
+            a repository runs only with `trust_remote_code=True`.
+
+    Raises:
+        Unsupported: transformers is not installed, or pickled weights are asked for.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    given.pop("low_cpu_mem_usage", None)  # what transformers does anyway
+    if given.pop("use_safetensors", True) is False:
+        raise Unsupported("use_safetensors=False: only safetensors are read, never pickled weights; leave it out")
+    if "torch_dtype" in given:
+        given.setdefault("dtype", given["torch_dtype"])
+        del given["torch_dtype"]
+    try:
+        auto = getattr(import_module("transformers"), kind)
+    except ImportError as error:
+        raise Unsupported(
+            f"{reason}, and transformers is not installed: pip install 'unspool[transformers]'"
+        ) from error
+    name = os.fspath(path_or_id)
+    place = BUILT_IN.get(name, name)
+    given.setdefault("trust_remote_code", False)
+    return wrap(auto.from_pretrained(place, use_safetensors=True, **given).eval())
+
+
+class _Through:
+    """A class of transformers by name, whose models come wrapped."""
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name} has no instances: call {name}.from_pretrained(path_or_id)")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: FileName, **kwargs: Any) -> Wrapped:
+        """Load a model through the installed transformers, with our `generate()`.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a repository on the Hub.
+            kwargs: As transformers takes them: `dtype`, `device_map`, `attn_implementation`, `quantization_config`,
+                `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `trust_remote_code`, …
+
+        Raises:
+            Unsupported: transformers is not installed, or pickled weights are asked for.
+            OSError: there is no such model, or it has no safetensors.
+            TypeError: an argument that the model does not take.
+        """
+        return through_transformers(
+            cls.__name__, pretrained_model_name_or_path, f"{cls.__name__} loads through transformers", kwargs
+        )
+
+
+class AutoModelForSeq2SeqLM(_Through):
+    """Loads encoder-decoders of text: T5, BART, mBART, Pegasus, …; see `unspool.wrap`."""
+
+
+class AutoModelForSpeechSeq2Seq(_Through):
+    """Loads models from speech to text: Whisper, Speech2Text, Moonshine, …; see `unspool.wrap`."""
+
+
+class AutoModelForImageTextToText(_Through):
+    """Loads models from images and text to text: LLaVA, Qwen2-VL, Idefics, BLIP, …; see `unspool.wrap`."""
