@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from grammar import Story, Text, choose, say, story
+from grammar import Story, choose, draw_world, say, story
 
 Turns = list[tuple[str, str]]
 
@@ -24,7 +24,13 @@ ASK = (
     "[Tell|Write] a story [about|with] {about}.",
     "A story about {about}, please.",
     "Do you know a story about {about}?",
+    "[Hello|Hi]! [Tell me|Can you tell me] a story about {about}.",
+    "{about}",
     "I want a story about {about}.",
+)
+LEADS = (
+    "[Here is|This is] a story about {about}.",
+    "A story about {about}[!|.|? Gladly!]",
 )
 ASK_ANY = (
     "[Tell me|Please tell me|Can you tell me] a [|bedtime |little |good ]story[.|!|]",
@@ -100,28 +106,36 @@ def pick(rng: random.Random, lines: tuple[str, ...]) -> str:
     return choose(rng, rng.choice(lines)).strip()
 
 
-def about(rng: random.Random, told: Story) -> str:
-    """Something that ``told`` is really about, as it stands in a request."""
-    world = told.world
-    hero = rng.choice(
-        (world.h.a, Text(world.h.kind).a, f"{world.h.a} named {world.h}", f"{world.h} the {world.h.kind}")
-    )
-    options = [hero, hero, rng.choice(told.topics)]
-    if f"{world.f} the {world.f.kind}" in told.text:
-        options.append(f"{Text(world.h.kind).a} and {Text(world.f.kind).a}")
-    if world.o.full in told.text:
-        options += [f"{Text(world.h.kind).a} and {Text(world.o.name).a}", world.o.a, Text(world.o.name).a]
-    if rng.random() < 0.1:
-        return f"{rng.choice(told.topics)} {world.home.at}"
-    if rng.random() < 0.1:
-        return f"{hero} and {rng.choice(told.topics)}"
-    return rng.choice(options)
+def about(rng: random.Random, told: Story, text: str) -> str:
+    """Something that ``text``, which is ``told`` or its short form, is really about, as it stands in a request."""
+    hero, friend, thing, home = told.world.h, told.world.f, told.world.o, told.world.home
+    who = rng.choice((hero.a, hero.an, hero.an, f"{hero.a} named {hero}", f"{hero.an} called {hero}", f"{hero}",
+                      f"{hero} the {hero.kind}"))  # fmt: skip
+    kind = rng.random()
+    if kind < 0.2:
+        return rng.choice((f"{hero.an} and {friend.an}", f"{hero} and {friend}", f"{who} and {friend}",
+                           f"{hero} the {hero.kind} and {friend} the {friend.kind}"))  # fmt: skip
+    if kind < 0.45 and thing.full in text:
+        return rng.choice((thing.an, thing.a, f"{who} and {thing.a}", f"{who} and {thing.an}", f"{who} with {thing.a}"))
+    if kind < 0.6 and home.at in text:
+        return rng.choice((f"{who} {home.at}", f"{who} {home.at}", home.the, f"{who} who lives {home.at}"))
+    if kind < 0.75 or (told.plot == "subject" and kind < 0.9):
+        topic = rng.choice(told.topics)
+        return rng.choice((topic, topic, f"{who} and {topic}"))
+    return who
 
 
-def ask(rng: random.Random, told: Story, lines: tuple[str, ...]) -> str:
-    """A request for ``told``; now and then in lower case, as people type."""
-    request = pick(rng, lines).replace("{about}", about(rng, told))
-    return request.lower() if rng.random() < 0.1 else request
+def request(rng: random.Random, told: Story, lines: tuple[str, ...], text: str) -> Turns:
+    """A request for ``told`` and the answer ``text``; now and then in lower case, as people type.
+
+    Most answers first say what was asked for: a small model then keeps to it.
+    """
+    subject = about(rng, told, text)
+    asked = pick(rng, lines).replace("{about}", subject)
+    lead = choose(rng, rng.choice(LEADS)).replace("{about}", subject) + "\n\n" if rng.random() < 0.6 else ""
+    if rng.random() < 0.15:
+        asked = asked.lower()
+    return [("user", asked.rstrip(".!") if rng.random() < 0.2 else asked), ("assistant", lead + text)]
 
 
 def follow_up(rng: random.Random, told: Story) -> Turns:
@@ -146,11 +160,11 @@ def general_questions(rng: random.Random, told: Story) -> tuple[tuple[str, str],
     """Questions that every story can answer."""
     pairs = [("[Who is the story about?|Who is the hero?]", "It is about {h} the {h.kind}.")]
     if told.world.home.at in told.text:
-        pairs.append(("Where [does|did] {h} live?", "{h} lived {home.at}."))
-    if f"{told.world.f} the {told.world.f.kind}" in told.text:
-        pairs.append(("[Who is {f}?|Who was {f}?]", "{f} is a {f.kind} in the story of {h}."))
-        pairs.append(("What kind of [animal|creature|being] is {f}?", "{f} is a {f.kind}."))
-    pairs.append(("What kind of [animal|creature|being] is {h}?", "{h} is a {h.kind}."))
+        pairs.append(("Where [does|did] {h} live?", "{h} the {h.kind} lived {home.at}."))
+    pairs.append(("[Who is {f}?|Who was {f}?]", "{f} is {f.an} and a friend of {h}."))
+    pairs.append(("Who is {h}'s friend?", "{h}'s friend is {f} the {f.kind}."))
+    pairs.append(("What kind of [animal|creature|being] is {f}?", "{f} is {f.an}."))
+    pairs.append(("What kind of [animal|creature|being] is {h}?", "{h} is {h.an}."))
     return tuple((say(rng, q, told.world), say(rng, a, told.world)) for q, a in pairs)
 
 
@@ -168,18 +182,42 @@ def conversation(seed: int | str) -> Turns:
     kind = rng.random()
     if turns and turns[-1][0] == "assistant" and turns[-1][1].endswith("?") and kind < 0.3:
         turns += [("user", pick(rng, YES)), ("assistant", told.text)]
-    elif kind < 0.65:
-        turns += [("user", ask(rng, told, ASK)), ("assistant", told.text)]
-    elif kind < 0.8:
-        turns += [("user", ask(rng, told, ASK_SHORT)), ("assistant", told.short)]
+    elif kind < 0.72:
+        turns += request(rng, told, ASK, told.text)
+    elif kind < 0.85:
+        turns += request(rng, told, ASK_SHORT, told.short)
     else:
         turns += [("user", pick(rng, ASK_ANY)), ("assistant", told.text)]
-    for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+    for _ in range(rng.choice((0, 0, 1, 1, 2))):
         turns += follow_up(rng, told)
     if rng.random() < 0.08:
         other = story(f"{seed} second")
-        lines = rng.choice((AGAIN, ASK))
-        turns += [("user", ask(rng, other, lines)), ("assistant", other.text)]
+        again = [("user", pick(rng, AGAIN)), ("assistant", other.text)]
+        turns += again if rng.random() < 0.4 else request(rng, other, ASK, other.text)
     if rng.random() < 0.12:
         turns += [("user", pick(rng, THANKS)), ("assistant", pick(rng, WELCOME))]
+    return turns
+
+
+def recall(seed: int | str) -> Turns:
+    """Short turns that are full of what was said before: who is what, where they live and what they have.
+
+    In a story such a fact comes back two or three times; a small model needs it more often to learn to look it up.
+    """
+    rng = random.Random(f"recall {seed}")
+    worlds = [draw_world(rng) for _ in range(3)]
+    cast = {world.h.name: world for world in worlds}
+    who = [f"{world.h} the {world.h.kind}" for world in cast.values()]
+    facts = ("{h} the {h.kind} lives {home.at}.", "{h} is {h.an}.", "{h} the {h.kind} has {o.a}.")
+    told = [say(rng, fact, world) for world in cast.values() for fact in rng.sample(facts, 2)]
+    if rng.random() < 0.5:
+        told += [f"{a} met {b}. " + rng.choice((f'"Hello," said {a} to {b}.', f"And {b} met {rng.choice(who)}."))
+                 for a, b in (rng.sample(who, 2) for _ in range(5))] if len(who) > 1 else []  # fmt: skip
+        return [("user", "Tell me about your friends."), ("assistant", " ".join(told))]
+    turns = [("user", "Who are your friends?"), ("assistant", "My friends are " + " and ".join(who) + ".")]
+    for _ in range(6):
+        world = rng.choice(worlds)
+        question = say(rng, rng.choice(("Who is {h}?", "What kind of being is {h}?", "Do you know {h}?")), world)
+        answer = "{h} is {h.an}." if question[0] != "D" else "Yes, {h} the {h.kind} is a friend of mine."
+        turns += [("user", question), ("assistant", say(rng, answer, world))]
     return turns

@@ -1,6 +1,6 @@
 """A story grammar: seeds in, little stories out.
 
-A *world* fixes who the story is about, what they own and where they live; a *plot* (a text file in ``stories/``) lists
+A *world* fixes who the story is about, a friend, a thing and a place; a *plot* (a text file in ``stories/``) lists
 the beats in order, each with several wordings. In those files ``{h.his}`` is a slot, ``[one|another]`` a choice, ``*``
 starts a wording, an empty line ends a beat and ``--`` ends a paragraph. Every draw comes from one seeded generator,
 so a seed always gives the same story. All the text was written for this project.
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import cast
 
 HERE = Path(__file__).parent
+T = TypeVar("T")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
@@ -69,25 +72,25 @@ class Being:
             ("she", "her", "her", "hers", "herself") if she else ("he", "him", "his", "his", "himself")
         )
         self.He, self.His = self.he.capitalize(), self.his.capitalize()
+        self.an = Text(kind).a
         self.a = Text(f"{adjective} {kind}".strip()).a
-        self.A = self.a.cap
-        self.paw, self.paws = cast.KIND_PAWS.get(kind) or cast.PAWS.get(group, cast.PAW)
-        self.group = group
+        self.paws = cast.PAWS[group]
 
     def __str__(self) -> str:
         return self.name
 
 
 class Thing:
-    """An object of the story: ``full`` is 'brass lantern', ``a`` is 'a brass lantern', ``charm`` is why it is dear."""
+    """An object of the story: ``full`` is 'red kite', ``a`` is 'a red kite', ``lost`` is 'a lost kite'."""
 
-    def __init__(self, name: str, adjective: str, charm: str, use: str) -> None:
-        self.name, self.charm, self.use = name, charm, use
-        self.Charm = capitalise(charm)
-        self.full = Text(f"{adjective} {name}")
+    def __init__(self, name: str, colour: str) -> None:
+        self.name = name
+        self.full = Text(f"{colour} {name}")
         self.a = self.full.a
         self.A = self.a.cap
+        self.an = Text(name).a
         self.Cap = Text(name).titled
+        self.lost, self.found, self.broken = (f"a {what} {name}" for what in ("lost", "found", "broken"))
 
     def __str__(self) -> str:
         return self.name
@@ -116,7 +119,6 @@ class Plot:
     name: str
     titles: tuple[str, ...]
     topics: tuple[str, ...]
-    uses: tuple[str, ...]
     picks: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]
     lessons: tuple[str, ...]
     questions: tuple[tuple[str, str], ...]
@@ -193,7 +195,7 @@ def parse_plot(path: Path) -> Plot:
     )
     split = {key: tuple(head[key].split(" / ")) for key in ("title", "topic", "lesson")}
     return Plot(
-        path.stem, split["title"], split["topic"], tuple(head["uses"].split()), picks, split["lesson"],
+        path.stem, split["title"], split["topic"], picks, split["lesson"],
         tuple(questions), head["short"], paragraphs,
     )  # fmt: skip
 
@@ -204,86 +206,33 @@ def plots() -> tuple[Plot, ...]:
     return tuple(parse_plot(path) for path in sorted((HERE / "stories").glob("*.txt")))
 
 
-def draw_name(rng: random.Random, she: bool, taken: set[str]) -> str:
-    """A name nobody in the story has yet, not even its first letter."""
-    free = [name for name in (cast.GIRLS if she else cast.BOYS) if name[0] not in {other[0] for other in taken}]
-    name = rng.choice(free)
-    taken.add(name)
-    return name
+def draw(rng: random.Random, options: Sequence[T]) -> T:
+    """One of ``options``; half of all draws are among the first ``cast.OFTEN``."""
+    return rng.choice(options[: cast.OFTEN] if rng.random() < 0.5 else options)
 
 
-def draw_being(rng: random.Random, kind: str, adjective: str, taken: set[str], she: bool | None = None) -> Being:
-    """A being of ``kind`` with a fresh name; kinds that are he or she by their word keep to it."""
-    group = next(group for group, kinds in cast.KINDS.items() if kind in kinds)
-    fixed = True if kind in cast.HER_KINDS else False if kind in cast.HIS_KINDS else None
-    she = fixed if fixed is not None else rng.random() < 0.5 if she is None else she
-    return Being(draw_name(rng, she, taken), kind, group, adjective, she)
-
-
-def draw_kind(rng: random.Random, taken: set[str]) -> str:
-    """A kind that is not in the story yet: animals most often, then children, people and creatures of tales."""
-    weights = {
-        "wood": 28,
-        "bird": 9,
-        "farm": 13,
-        "water": 7,
-        "far": 9,
-        "child": 14,
-        "folk": 9,
-        "magic": 9,
-        "machine": 2,
-    }
+def draw_being(rng: random.Random, taken: list[Being], adjective: str = "") -> Being:
+    """A being unlike those in ``taken``: another name and another kind. Some kinds are he or she by their word."""
     while True:
-        group = rng.choices(list(weights), list(weights.values()))[0]
-        kind = rng.choice(cast.KINDS[group])
-        if kind not in taken:
-            taken.add(kind)
-            return kind
-
-
-def draw_thing(rng: random.Random) -> Thing:
-    """A thing with one of its adjectives and a charm."""
-    use = rng.choice(list(cast.THINGS))
-    name, adjectives, charm = rng.choice(cast.THINGS[use])
-    if rng.random() < 0.25:
-        charm = rng.choice(cast.COMMON_CHARMS)
-    return Thing(name, rng.choice(adjectives.split()), charm, use)
-
-
-def draw_home(rng: random.Random) -> tuple[SimpleNamespace, list[str]]:
-    """A home and three of its spots."""
-    sort = rng.choice(list(cast.HOMES))
-    at, the, spots = cast.HOMES[sort]
-    name = rng.choice(cast.HOME_NAMES) if "{name}" in at else the
-    at = at.format(name=name)
-    home = SimpleNamespace(sort=sort, at=at, At=capitalise(at), the=the, name=name, there=f"to {the}")
-    return home, rng.sample(spots, 3)
+        group = rng.choices(list(cast.SHARE), list(cast.SHARE.values()))[0]
+        kind = draw(rng, cast.KINDS[group])
+        she = kind in cast.HER_KINDS or (kind not in cast.HIS_KINDS and rng.random() < 0.5)
+        name = draw(rng, cast.GIRLS if she else cast.BOYS)
+        if all(name != other.name and kind != other.kind for other in taken):
+            return Being(name, kind, group, "young" if kind in ("girl", "boy") and adjective else adjective, she)
 
 
 def draw_world(rng: random.Random) -> SimpleNamespace:
-    """Everybody and everything of one story. Names differ in their first letter, kinds are all different."""
-    names: set[str] = set()
-    kinds: set[str] = set()
-    trait = rng.choice(list(keyed_frame("traits")))
-    style = rng.random()
-    adjective = trait if style < 0.45 else rng.choice(cast.SIZES) if style < 0.8 else ""
-    hero_kind = draw_kind(rng, kinds)
-    if hero_kind in cast.KINDS["child"] and adjective in ("old", "big", "tiny"):
-        adjective = "little"
-    hero = draw_being(rng, hero_kind, adjective, names)
-    friend = draw_being(rng, draw_kind(rng, kinds), rng.choice((*cast.SIZES[:3], "merry", "friendly", "")), names)
-    elder = draw_being(rng, rng.choice([k for k in cast.ELDER_KINDS if k not in kinds]), "old", names)
-    kinds.add(elder.kind)
-    guest = draw_being(
-        rng,
-        rng.choice([k for k in cast.SMALL_KINDS if k not in kinds]),
-        rng.choice(("little", "tiny", "small", "thin")),
-        names,
-    )
-    home, (s1, s2, s3) = draw_home(rng)
+    """Everybody and everything of one story: the hero ``h``, the friend ``f``, the thing ``o``, home and two spots."""
+    trait = rng.choice(list(cast.TRAITS))
+    hero = draw_being(rng, [], trait if rng.random() < 0.7 else "")
+    friend = draw_being(rng, [hero])
+    at, the = draw(rng, cast.HOMES)
+    s1, s2 = rng.sample(cast.SPOTS, 2)
     return SimpleNamespace(
-        h=hero, f=friend, e=elder, g=guest, o=draw_thing(rng), home=home, s1=s1, s2=s2, s3=s3, trait=trait,
-        season=rng.choice(cast.SEASONS), land=rng.choice(cast.LANDS),
+        h=hero, f=friend, o=Thing(draw(rng, cast.THINGS), rng.choice(cast.COLOURS)), trait=trait,
+        home=SimpleNamespace(at=at, At=capitalise(at), the=the), s1=Text(s1), s2=Text(s2),
+        season=rng.choice(list(keyed_frame("weather"))), subject=Text(draw(rng, cast.SUBJECTS)),
     )  # fmt: skip
 
 
@@ -319,33 +268,30 @@ def say(rng: random.Random, template: str, world: SimpleNamespace) -> str:
     return tidy(text)
 
 
+def once(text: str, world: SimpleNamespace) -> str:
+    """``text`` with only the first of every 'Lily the fox'; later ones are the name alone, as people tell it."""
+    for being in (world.h, world.f):
+        head, the, rest = text.partition(f"{being.name} the {being.kind}")
+        text = head + the + rest.replace(the, being.name) if the else text
+    return text
+
+
 def opening(rng: random.Random, world: SimpleNamespace) -> str:
     """A first paragraph: who and where, then often a word about the weather or the hero's nature."""
-    while True:
-        line = rng.choice(frame("openings"))
-        if line.startswith("@"):
-            sorts, line = line[1:].split(" ", 1)
-            if world.home.sort not in sorts.split(","):
-                continue
-        break
-    parts = [line]
-    if rng.random() < 0.6:
-        sentence = rng.choice(keyed_frame("traits")[world.trait])
-        named = world.h.adjective == world.trait or sentence.startswith("But")
-        parts.append(sentence if named else rng.choice((sentence, f"{{h.He}} was {world.trait}. {sentence}")))
-    if rng.random() < 0.25:
-        parts.insert(1, rng.choice(keyed_frame("weather")[world.season]))
+    parts = [rng.choice(frame("openings"))]
+    habit = cast.TRAITS[world.trait]
+    if habit and rng.random() < 0.4:
+        parts.append(f"{{h.He}} {habit}.")
+    elif rng.random() < 0.2:
+        parts.append(rng.choice(keyed_frame("weather")[world.season]))
     return say(rng, " ".join(parts), world)
 
 
 def add_picks(rng: random.Random, plot: Plot, world: SimpleNamespace) -> None:
-    """Draw the plot's own facts into ``world``, and how its thing saves the day."""
+    """Draw the plot's own facts into ``world``."""
     for name, (fields, rows) in plot.picks.items():
         row = rng.choice(rows)
         setattr(world, name, Text(row[0]) if fields == ("value",) else Record(dict(zip(fields, row, strict=True))))
-    rescue, past = rng.choice(cast.RESCUES[world.o.use]), cast.RESCUES_PAST[world.o.use]
-    world.rescue, world.rescue_g = rescue.replace("{x}", "{f}"), rescue.replace("{x}", "{g}")
-    world.rescue_past = past.replace("{x}", "{f}")
 
 
 def story(seed: int | str) -> Story:
@@ -363,7 +309,7 @@ def story(seed: int | str) -> Story:
     return Story(
         plot=plot.name,
         title=capitalise(say(rng, rng.choice(plot.titles), world)),
-        text="\n\n".join(paragraphs),
+        text=once("\n\n".join(paragraphs), world),
         short=say(rng, plot.short, world),
         lesson=say(rng, rng.choice(plot.lessons), world),
         topics=tuple(fill(topic, world) for topic in plot.topics),

@@ -6,24 +6,21 @@ import random
 import re
 
 PIRATE_WORDS = {
-    "you": "ye", "your": "yer", "my": "me", "mine": "me own", "yes": "aye", "hello": "ahoy", "friend": "matey",
-    "friends": "mateys", "is": "be", "are": "be", "am": "be", "was": "were", "of": "o'", "and": "an'", "to": "t'",
-    "them": "'em", "nobody": "no scallywag", "everyone": "all hands", "everybody": "all hands",
-    "treasure": "booty", "great": "mighty", "very": "mighty", "good": "fine", "old": "salty old", "silly": "lubberly",
-    "house": "cabin", "road": "sea road", "said": "growled", "asked": "bellowed", "cried": "roared", "never": "ne'er",
-    "ever": "e'er", "looked": "spied", "strange": "cursed", "stop": "avast", "soup": "grog", "home": "t' port",
-    "the end": "that be the end o' the yarn", "story": "yarn",
+    "you": "ye", "your": "yer", "my": "me", "yes": "aye", "hello": "ahoy", "friend": "matey", "friends": "mateys",
+    "is": "be", "are": "be", "am": "be", "was": "were", "of": "o'", "and": "an'", "them": "'em", "nobody": "no soul",
+    "everybody": "all hands", "everyone": "all hands", "treasure": "booty", "very": "mighty",
+    "said": "growled", "asked": "bellowed", "never": "ne'er",
+    "strange": "cursed", "house": "cabin", "story": "yarn", "stories": "yarns",
+    "small": "wee", "little": "wee", "beautiful": "bonny",
 }  # fmt: skip
-CRIES = (
-    "Arr!", "Arrr!", "Yo ho ho!", "Shiver me timbers!", "Blow me down!", "Aye, aye!", "By the seven seas!", "Ahoy!",
-    "Avast!", "Yo ho!", "By me beard!",
-)  # fmt: skip
+CRIES = ("Arr!", "Yo ho ho!", "Shiver me timbers!", "Blow me down!", "By the seven seas!")
+ENDS = ("An' that be me yarn, mateys!", "Arr, that be the end o' me yarn!", "Yo ho ho an' a bottle o' milk!")
 WORD = re.compile(r"\b(" + "|".join(sorted(PIRATE_WORDS, key=len, reverse=True)) + r")\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[a-z][.!?]) (?=[A-Z])")
 
 
 def pirate(text: str, seed: int | str) -> str:
-    """``text`` as a pirate would tell it. The openings stay, so that 'Once upon a time' still begins a story."""
+    """``text`` as a pirate would tell it. The first words stay, so that 'Once upon a time' still begins a story."""
     rng = random.Random(f"pirate {seed}")
 
     def swap(match: re.Match[str]) -> str:
@@ -31,12 +28,11 @@ def pirate(text: str, seed: int | str) -> str:
         new = PIRATE_WORDS[word.lower()]
         return new[:1].upper() + new[1:] if word[0].isupper() else new
 
-    first, *rest = SENTENCE_END.split(text)
-    told = [first]
-    for sentence in rest:
-        if rng.random() < 0.22:
+    told = []
+    for number, sentence in enumerate(SENTENCE_END.split(text)):
+        if number and rng.random() < 0.15:
             told.append(rng.choice(CRIES))
-        told.append(re.sub(r"(\w{3,})ing\b", r"\1in'", WORD.sub(swap, sentence)))
-    if rng.random() < 0.7:
-        told.append(rng.choice(CRIES))
+        told.append(re.sub(r"(\w*[aeiouy]\w+)ing\b", r"\1in'", WORD.sub(swap, sentence)))
+    if len(told) > 5 and rng.random() < 0.8:
+        told.append(rng.choice(ENDS))
     return " ".join(told)

@@ -16,12 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from data import MAX_POSITIONS, VOCAB_SIZE, load_tokenizer, save_tokenizer, token_stream, train_tokenizer
+from data import (
+    MAX_POSITIONS,
+    VOCAB_SIZE,
+    Texts,
+    batches,
+    encoded,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from export import save_adapter, save_model, sizes
 from lora import adapt
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
@@ -29,6 +38,7 @@ from unspool.models.registry import build
 
 HERE = Path(__file__).parent
 PAD_ID, BEGIN_ID, END_ID = 0, 1, 2
+KEPT = 5.0  # how much more a name, a kind, a thing counts that is to stay what it is
 EVERY = 50  # steps between held-out losses and checkpoints
 
 
@@ -68,17 +78,18 @@ GENERATION = {
     "eos_token_id": END_ID,
     "pad_token_id": PAD_ID,
     "do_sample": True,
-    "temperature": 0.8,
-    "top_p": 0.95,
+    "temperature": 0.7,
+    "top_p": 0.9,
     "max_new_tokens": 500,
 }
 
 
 @dataclass
 class Plan:
-    """``steps`` of ``tokens`` tokens: the rate warms up, stays, and falls to nothing over the last third.
+    """``steps`` of ``tokens`` tokens: the rate warms up, stays, and falls to nothing over the second half.
 
-    Up to ``decay`` nothing depends on ``steps``, so a stopped training can go on to another length (``--resume``).
+    Up to ``decay`` nothing depends on ``steps``: a training stopped before it can go on to another length
+    (``--resume``).
     """
 
     steps: int
@@ -88,37 +99,27 @@ class Plan:
 
     @property
     def decay(self) -> int:
-        """The step at which the rate begins to fall and rows become longer."""
-        return self.steps * 2 // 3
+        """The step at which the rate begins to fall."""
+        return self.steps // 2
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied with."""
         return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.steps - self.decay))
 
-    def length(self, step: int) -> int:
-        """Tokens per row: short rows are cheaper; long conversations are for the end."""
-        return 512 if step < self.decay else 1024
 
-
-def rows(stream: np.ndarray, tokens: int, length: int, offset: int) -> Tensor:
-    """``tokens`` tokens from ``offset`` on as rows of ``length`` and the token after, ``[rows, length + 1]``."""
-    count = tokens // length
-    start = offset % (len(stream) - tokens - 1)
-    picked = [stream[start + i * length : start + (i + 1) * length + 1] for i in range(count)]
-    return torch.from_numpy(np.stack(picked).astype(np.int64))
-
-
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean next-token loss of ``batch``, computed in bfloat16 where that is safe."""
+def loss_of(model: nn.Module, texts: Texts, picked: list[int], kept: float = 1.0) -> Tensor:
+    """Mean next-token loss on ``picked`` texts, computed in bfloat16 where that is safe; ``kept`` as in ``Texts``."""
+    inputs, targets, weights = (torch.from_numpy(part) for part in texts.batch(picked, kept))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(batch[:, :-1]).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        logits = model(inputs).logits
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses @ weights.flatten() / weights.sum()
 
 
-def held_out(model: nn.Module, stream: np.ndarray) -> float:
+def held_out(model: nn.Module, texts: Texts) -> float:
     """Loss on texts that are never trained on."""
     with torch.no_grad():
-        return sum(loss_of(model, rows(stream, 4096, 512, i * 4096)).item() for i in range(4)) / 4
+        return sum(loss_of(model, texts, list(range(i, i + 16))).item() for i in range(0, 64, 16)) / 4
 
 
 def optimizers(parameters: list[tuple[str, nn.Parameter]], rate: float) -> list[torch.optim.Optimizer]:
@@ -171,7 +172,7 @@ def fit(
     model: nn.Module,
     opts: list[torch.optim.Optimizer],
     plan: Plan,
-    train: np.ndarray,
+    train: Texts,
     state: Path | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Train; every ``EVERY`` steps yields (steps done, training loss since the last time).
@@ -182,10 +183,11 @@ def fit(
     workers, mine, first = distributed.get_world_size(), distributed.get_rank(), 0
     if state is not None and state.exists():
         first = resume(state, model, opts)
+    order = batches(train, plan.tokens, seed=0)
     recent: list[float] = []
     for step in range(first, plan.steps):
-        batch = rows(train, plan.tokens, plan.length(step), step * plan.tokens)
-        loss = loss_of(model, batch.chunk(workers)[mine])
+        picked = order[step % len(order)]
+        loss = loss_of(model, train, picked[mine::workers], KEPT)
         loss.backward()
         average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -196,7 +198,7 @@ def fit(
             opt.zero_grad()
         recent.append(loss.item())
         if (step + 1) % EVERY == 0 or step + 1 == plan.steps:
-            if state is not None and mine == 0 and step < plan.decay:
+            if state is not None and mine == 0:
                 keep(state, model, opts, step + 1)
             yield step + 1, sum(recent) / len(recent)
             recent = []
@@ -241,13 +243,33 @@ def draw(log: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
+def take_over(model: nn.Module, tokenizer: Tokenizer, folder: Path) -> None:
+    """Start from the checkpoint in ``folder``: its layers, and for each token the mean of its old tokens' rows."""
+    from unspool import load
+
+    old = dict(load(folder, dtype=torch.float32)[0].train().named_parameters())
+    spelt = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "embedding.weight":
+                parameter.copy_(old[name])
+                continue
+            for token in range(len(parameter)):
+                text = tokenizer.decode([token], skip_special_tokens=False)
+                same = spelt.token_to_id(str(tokenizer.id_to_token(token)))
+                ids = [same] if same is not None else spelt.encode(text, add_special_tokens=False).ids
+                parameter[token] = old[name][ids].mean(dim=0)
+
+
 def train_model(args: argparse.Namespace, name: str, steps: int) -> None:
     """Train one of ``MODELS`` and keep its folder up to date."""
     config, folder, tokenizer = MODELS[name], args.out / name, load_tokenizer(args.out)
     torch.manual_seed(args.seed)
     model = build(config, torch.float32).train()
-    train, test = token_stream(tokenizer, args.texts, "train"), token_stream(tokenizer, 200, "test")
-    log, plan = Log(HERE / "loss.csv", name), Plan(steps)
+    if args.start is not None:
+        take_over(model, tokenizer, args.start / name)
+    train, test = encoded(tokenizer, args.texts, "train"), encoded(tokenizer, 200, "test")
+    log, plan = Log(HERE / "loss.csv", name), Plan(steps, args.tokens, args.rate)
     state = Path(tempfile.gettempdir()) / f"{name}-state.safetensors" if args.resume else None
     for step, loss in fit(model, optimizers(list(model.named_parameters()), plan.rate), plan, train, state):
         if distributed.get_rank() == 0:
@@ -264,8 +286,8 @@ def train_adapter(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = load(args.out / base, dtype=torch.float32)[0].train()
     parameters = adapt(model, sizes(MODELS[base]))
-    train, test = (token_stream(tokenizer, n, label, "pirate") for n, label in ((8000, "train"), (200, "test")))
-    log, plan = Log(HERE / "loss.csv", name), Plan(args.adapter_steps, rate=3e-3, warmup=20)
+    train, test = (encoded(tokenizer, n, label, "pirate") for n, label in ((3000, "train"), (200, "test")))
+    log, plan = Log(HERE / "loss.csv", name), Plan(args.adapter_steps, args.tokens, rate=3e-3, warmup=20)
     opts: list[torch.optim.Optimizer] = [torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.0, fused=True)]
     for step, loss in fit(model, opts, plan, train):
         if distributed.get_rank() == 0:
@@ -294,11 +316,12 @@ def prepare(args: argparse.Namespace) -> None:
     if args.only is None or not (first / "tokenizer.json").exists():
         save_tokenizer(train_tokenizer(), first)
     tokenizer = load_tokenizer(args.out)
-    token_stream(tokenizer, args.texts, "train")
-    token_stream(tokenizer, 200, "test")
+    if args.only != "storyteller-pirate":
+        encoded(tokenizer, args.texts, "train")
+        encoded(tokenizer, 200, "test")
     if args.only in (None, "storyteller-pirate"):
-        token_stream(tokenizer, 8000, "train", "pirate")
-        token_stream(tokenizer, 200, "test", "pirate")
+        encoded(tokenizer, 3000, "train", "pirate")
+        encoded(tokenizer, 200, "test", "pirate")
 
 
 def main() -> None:
@@ -306,8 +329,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets the checkpoint folders")
     parser.add_argument("--only", choices=(*MODELS, "storyteller-pirate"), help="train just this one")
-    parser.add_argument("--texts", type=int, default=30_000, help="texts in the training stream")
-    parser.add_argument("--steps", type=int, default=1700, help="steps of the main model (4096 tokens each)")
+    parser.add_argument("--texts", type=int, default=60_000, help="texts to train on")
+    parser.add_argument("--steps", type=int, default=2400, help="steps of the main model (4096 tokens each)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument(
+        "--start", type=Path, help="folder of checkpoint folders to start from, such as an older training's"
+    )
     parser.add_argument("--draft-steps", type=int, default=600)
     parser.add_argument("--adapter-steps", type=int, default=150)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (1, 2 or 4)")

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -162,42 +163,49 @@ def test_every_wording_of_every_plot_fills(training: dict[str, ModuleType]) -> N
 
 def test_stories_are_whole_and_their_cast_is_consistent(training: dict[str, ModuleType]) -> None:
     words = training["cast"]
-    known = {*words.GIRLS, *words.BOYS}
+    known = {*words.GIRLS, *words.BOYS} - {"Robin", "Rose"}
+    kinds = {kind for group in words.KINDS.values() for kind in group}
     for seed in SEEDS:
         told = training["grammar"].story(seed)
-        world = told.world
-        people = (world.h, world.f, world.e, world.g)
-        names = {being.name for being in people}
-        assert len(names) == len({being.kind for being in people}) == 4
-        assert world.h.name in told.text
+        hero, friend = told.world.h, told.world.f
+        assert hero.name != friend.name and hero.kind != friend.kind
+        assert hero.name in told.text and hero.kind in told.text
         assert told.text.endswith((".", "!", "?", '"')), told.text[-40:]
         assert not set("{}[]|*") & set(told.text)
         assert "  " not in told.text
-        # No stranger's name: what is a name elsewhere and not a word at a sentence's start here belongs to the cast.
-        inside = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", told.text))
-        place = set(re.findall(r"[A-Z][a-z]+", f"{world.home.at} {world.land} {world.o.Cap}"))
-        assert inside & known <= names | place | {"Will", "Pearl", "Wren", "Robin"}, told.text
+        assert set(re.findall(r"[A-Z][a-z]+", told.text)) & known <= {hero.name, friend.name}, told.text
+        assert set(re.findall(r"(?<=the )[a-z]+", told.text)) & (kinds - {hero.kind, friend.kind}) == set() or (
+            told.plot == "subject"
+        ), told.text
 
 
 def test_pronouns_follow_the_cast(training: dict[str, ModuleType]) -> None:
     checked = 0
-    for seed in range(1500):
+    for seed in range(600):
         told = training["grammar"].story(seed)
-        genders = {being.she for being in vars(told.world).values() if hasattr(being, "she")}
+        genders = {told.world.h.she, told.world.f.she}
         if len(genders) == 1:
             checked += 1
             wrong = r"\b(he|him|his|himself)\b" if True in genders else r"\b(she|her|hers|herself)\b"
-            said = told.text.replace("her way", "")
-            assert not re.search(wrong, said, re.IGNORECASE), told.text
+            assert not re.search(wrong, told.text, re.IGNORECASE), told.text
     assert checked > 50
 
 
 def test_chat_asks_for_what_the_story_has(training: dict[str, ModuleType]) -> None:
+    words, taken_up = training["cast"], 0
+    told = {*words.GIRLS, *words.BOYS, *words.THINGS, *(kind for group in words.KINDS.values() for kind in group)}
+    told = {word.lower() for word in told}
     for seed in range(200):
         turns = training["chat"].conversation(seed)
         roles = [role for role, _ in turns if role != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(text and text == text.strip() for _, text in turns)
+        for (_, asked), (role, answer) in pairwise(turns):
+            if "story" in asked and role == "assistant":
+                named = set(re.findall(r"\w+", asked.lower())) & told
+                assert named <= set(re.findall(r"\w+", answer.lower())), (asked, answer)
+                taken_up += len(named)
+    assert taken_up > 100
 
 
 def test_pirates_are_heard_and_openings_kept(training: dict[str, ModuleType]) -> None:
@@ -205,5 +213,46 @@ def test_pirates_are_heard_and_openings_kept(training: dict[str, ModuleType]) ->
         text = training["grammar"].story(seed).text
         told = training["styles"].pirate(text, seed)
         assert told != text
-        assert told.split()[:3] == text.split()[:3]
-        assert re.search(r"\b(ye|be|an'|o'|t'|me|growled|[Aa]rr+|[Aa]hoy)\b", told)
+        assert told.startswith("Once upon a time") == text.startswith("Once upon a time")
+        assert re.search(r"\b(ye|be|an'|o'|me|growled|[Aa]rr+|[Aa]hoy)\b", told)
+
+
+def test_nothing_is_learnt_from_what_users_say(training: dict[str, ModuleType]) -> None:
+    data = training["data"]
+    tokenizer = Tokenizer.from_file(str(ASSETS / "storyteller" / "tokenizer.json"))
+    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "Bye!")]
+    ids = tokenizer.encode(data.render(turns), add_special_tokens=False).ids
+    kept = [token for token, flag in zip(ids, data.learnt(ids), strict=True) if flag]
+    assert tokenizer.decode(kept, skip_special_tokens=False) == "<|begin|>Hello!<|end|>Bye!<|end|>"
+    story = tokenizer.encode("<|begin|>Once upon a time<|end|>", add_special_tokens=False).ids
+    assert data.learnt(story) == [1] * len(story)
+
+
+def test_batches_hold_every_text_once(training: dict[str, ModuleType]) -> None:
+    import numpy as np
+
+    lengths = np.random.default_rng(0).integers(5, 90, 300)
+    ids = np.arange(lengths.sum(), dtype=np.uint16)
+    texts = training["data"].Texts(ids, np.ones_like(ids), np.cumsum(lengths))
+    order = training["data"].batches(texts, 400, seed=1)
+    assert sorted(i for picked in order for i in picked) == list(range(300))
+    for picked in order:
+        inputs, targets, weights = texts.batch(picked)
+        for row, i in enumerate(picked):
+            text, count = ids[texts.ends[i] - lengths[i] : texts.ends[i]], lengths[i] - 1
+            assert inputs[row, :count].tolist() == text[:-1].tolist()
+            assert targets[row, :count].tolist() == text[1:].tolist()
+            assert weights[row].tolist() == [1.0] * count + [0.0] * (weights.shape[1] - count)
+    assert max(texts.batch(picked)[0].size for picked in order) <= 400 + 3 * 90
+
+
+def test_what_must_stay_counts_more(training: dict[str, ModuleType]) -> None:
+    import numpy as np
+
+    often = np.full(3000, 9, dtype=np.uint16)
+    story = np.array([1, 50, 9, 60, 9, 50, 61, 2], dtype=np.uint16)
+    ids = np.concatenate([often, story])
+    learn = np.ones(len(ids), dtype=np.uint8)
+    learn[-2] = 0
+    texts = training["data"].Texts(ids, learn, np.array([3000, 3008]))
+    assert texts.batch([1], kept=5.0)[2].tolist() == [[1.0, 1.0, 1.0, 1.0, 5.0, 0.0, 1.0]]
