@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _HOMES: dict[str, tuple[str, ...]] = {
     "unspool.hub": ("AutoModelForCausalLM", "AutoTokenizer", "load"),
     "unspool.config": (
+        "BitsAndBytesConfig",
         "CompileConfig",
         "ContinuousBatchingConfig",
         "GenerationConfig",
@@ -177,6 +178,7 @@ if TYPE_CHECKING:
         StaticCache as StaticCache,
     )
     from unspool.config import (
+        BitsAndBytesConfig as BitsAndBytesConfig,
         CompileConfig as CompileConfig,
         ContinuousBatchingConfig as ContinuousBatchingConfig,
         GenerationConfig as GenerationConfig,

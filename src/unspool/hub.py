@@ -19,6 +19,7 @@ from unspool.errors import CheckpointError, Unsupported
 if TYPE_CHECKING:
     import torch
 
+    from unspool.config import BitsAndBytesConfig
     from unspool.continuous import ContinuousMixin
     from unspool.generate import GenerationMixin
     from unspool.interop import Wrapped
@@ -82,6 +83,7 @@ def load(
     force_download: bool = False,
     progress: bool | None = None,
     config_overrides: Mapping[str, Any] | None = None,
+    quantize: str | BitsAndBytesConfig | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
     """Load a model and its tokenizer.
 
@@ -103,6 +105,9 @@ def load(
         force_download: Download again what is in the cache already.
         progress: Show a progress bar on stderr; `None` shows one for long loads in a terminal.
         config_overrides: Entries that replace those of `config.json`, e.g. `{"rope_scaling": {...}}`.
+        quantize: Keep the weights in fewer bits: `"int8"`, `"int4"` (a scale for 64 inputs; `"int4-g32"`,
+            `"int4-g128"`), `"nf4"` or `"fp4"`. The head, and an embedding that shares its weight, is kept in `int8`.
+            Or a `BitsAndBytesConfig`, which leaves the head alone. Checkpoints that are quantised need none of it.
 
     Returns:
         The model, ready for `generate()` and in inference mode, and its tokenizer.
@@ -111,6 +116,7 @@ def load(
         FileNotFoundError: There is no such folder or repository, or it cannot be had without the network.
         CheckpointError: The files do not make a model: missing or misshapen tensors, a truncated file, an unknown
             `model_type`, no `tokenizer.json`, pickled weights only.
+        ValueError: `quantize` is unknown, or the checkpoint is quantised already.
         Unsupported: The checkpoint needs something that this version cannot do.
     """
     hub = HubArguments(revision, subfolder, token, cache_dir, local_files_only, force_download)
@@ -122,7 +128,7 @@ def load(
     read_config(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     device = _default_device() if device is None else device
-    model = _load_model(folder, dtype, device, progress, config_overrides)
+    model = _load_model(folder, dtype, device, progress, config_overrides, quantize)
     model.name_or_path = os.fspath(path_or_id)
     return model, tokenizer
 
@@ -172,7 +178,7 @@ class AutoModelForCausalLM:
             local_files_only: Never touch the network.
             force_download: Download again what is in the cache already.
             trust_remote_code: Passed on to transformers; native models never run code from a repository.
-            quantization_config: Not supported yet; anything but `None` is refused.
+            quantization_config: Quantise while loading: a `BitsAndBytesConfig`, transformers' own, or a dictionary.
             attn_implementation: `"sdpa"`, `"eager"` or `None`, which are one here; others are refused.
             low_cpu_mem_usage: Accepted, and without effect: loading always streams tensor by tensor.
             use_safetensors: `False` is refused: no other format is read.
@@ -180,7 +186,7 @@ class AutoModelForCausalLM:
         Raises:
             TypeError: An argument that is not listed here.
             ValueError: `dtype` and `torch_dtype` contradict each other, or `attn_implementation` is unknown.
-            Unsupported: A model split over devices, quantisation, pickled weights.
+            Unsupported: A model split over devices, another library's `quantization_config`, pickled weights.
             FileNotFoundError, CheckpointError: As `unspool.load`.
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
@@ -196,14 +202,16 @@ class AutoModelForCausalLM:
                 "torch_dtype": torch_dtype,
                 "device_map": device_map,
                 "trust_remote_code": trust_remote_code,
-                "quantization_config": quantization_config,
+                "quantization_config": _as_theirs(quantization_config),
                 "attn_implementation": attn_implementation,
                 "use_safetensors": use_safetensors,
             }
             reason = f"{pretrained_model_name_or_path!r} is a {family} model, which is not native here"
             return through_transformers("AutoModelForCausalLM", pretrained_model_name_or_path, reason, arguments)
         if quantization_config is not None:
-            raise Unsupported("quantization_config is not supported yet; leave it out and pass dtype='bfloat16'")
+            from unspool.config import BitsAndBytesConfig
+
+            quantization_config = BitsAndBytesConfig.of(quantization_config)
         if attn_implementation not in (None, "sdpa", "eager"):
             raise ValueError(
                 f"attn_implementation={attn_implementation!r} is not known; leave it out (the device decides)"
@@ -212,7 +220,7 @@ class AutoModelForCausalLM:
             raise Unsupported("use_safetensors=False: only safetensors are read, never pickled weights; leave it out")
         device = _device_of(device_map)
         folder = locate(pretrained_model_name_or_path, weights=True, hub=hub)
-        model = _load_model(folder, dtype if dtype is not None else torch_dtype, device)
+        model = _load_model(folder, dtype if dtype is not None else torch_dtype, device, quantize=quantization_config)
         model.name_or_path = os.fspath(pretrained_model_name_or_path)
         return model
 
@@ -367,6 +375,13 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _as_theirs(config: object | None) -> object | None:
+    """A `quantization_config` that transformers reads: of our class, its fields."""
+    from unspool.config import BitsAndBytesConfig
+
+    return config.to_dict() if isinstance(config, BitsAndBytesConfig) else config
+
+
 def _device_of(device_map: Device | Mapping[str, Device] | None) -> Device:
     """The one device that transformers' `device_map` means."""
     if isinstance(device_map, Mapping):
@@ -388,12 +403,15 @@ def _load_model(
     device: Device,
     progress: bool | None = None,
     config_overrides: Mapping[str, Any] | None = None,
+    quantize: object | None = None,
 ) -> CausalLM:
     """Read the weights and give the native model `generate()` and its generation settings."""
     from unspool.config import GenerationConfig
     from unspool.weights import load_model
 
-    native = load_model(folder, dtype=dtype, device=device, progress=progress, config_overrides=config_overrides)
+    native = load_model(
+        folder, dtype=dtype, device=device, progress=progress, config_overrides=config_overrides, quantize=quantize
+    )
     native.__class__ = _with_generate(type(native), _public_name(native))
     model: CausalLM = native  # type: ignore[assignment]
     if (folder / "generation_config.json").is_file():

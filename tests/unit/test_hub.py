@@ -98,7 +98,7 @@ def test_subfolder(tiny_llama_dir: Path) -> None:
         ({"load_in_4bit": True}, TypeError, "load_in_4bit"),
         ({"dtype": "bfloat16", "torch_dtype": "float16"}, ValueError, "torch_dtype"),
         ({"dtype": "float8"}, ValueError, "float8"),
-        ({"quantization_config": {"load_in_4bit": True}}, unspool.Unsupported, "quantization_config"),
+        ({"quantization_config": {"quant_method": "hqq"}}, unspool.Unsupported, "quantization_config"),
         ({"device_map": {"model": 0, "lm_head": 1}}, unspool.Unsupported, "device_map"),
         ({"device_map": "balanced"}, unspool.Unsupported, "balanced"),
         ({"attn_implementation": "flash_attention_2"}, ValueError, "flash_attention_2"),

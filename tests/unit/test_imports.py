@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "tokenization": set(),
     "kernels": set(),
     "models": {"config", "attention", "cache.layout", "kernels"},
-    "weights": {"config", "models"},
+    "weights": {"config", "models", "kernels"},
     "bridge": {"config", "models.base", "attention", "cache", "decode"},
     "decode": {"config", "models.base", "cache", "attention", "logits", "stopping"},
     "generate": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode", "bridge"},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from unspool.errors import CheckpointError, Unsupported
+from unspool.errors import CheckpointError
 from unspool.models.base import ModelConfig
 from unspool.models.layers.linear import Linear, multiply
 from unspool.models.layers.norm import RMSNorm
@@ -92,11 +92,6 @@ def test_unknown_families_are_named() -> None:
 def test_contradictory_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         empty({**LLAMA, **changes})
-
-
-def test_quantised_checkpoints_are_refused() -> None:
-    with pytest.raises(Unsupported, match="'gptq'"):
-        empty({**LLAMA, "quantization_config": {"quant_method": "gptq"}})
 
 
 def test_old_and_new_rope_forms_mean_the_same() -> None:

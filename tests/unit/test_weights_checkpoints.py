@@ -250,10 +250,18 @@ def test_broken_indexes(tmp_path: Path) -> None:
         load_model(folder)
 
 
-def test_quantised_checkpoints_are_refused(llama: Path) -> None:
-    reconfigure(llama, quantization_config={"quant_method": "awq"})
-    with pytest.raises(Unsupported, match="'awq'"):
+def test_an_embedding_by_itself_stays_plain(llama: Path) -> None:
+    model = load_model(llama, dtype="bfloat16")
+    assert not model.tied
+    assert model.embedding._packed is None
+
+
+def test_unknown_quantisation_is_refused(llama: Path) -> None:
+    reconfigure(llama, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(Unsupported, match="'hqq'"):
         load_model(llama)
+    with pytest.raises(ValueError, match="holds quantised weights already"):
+        load_model(llama, quantize="int8")
 
 
 def test_loading_writes_nothing_and_keeps_no_file_open(llama: Path) -> None:

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-# Bytes of one parameter; the last two cannot be loaded yet, and leave out the scales that such formats add.
+# Bytes of one parameter.
 DTYPES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-ESTIMATED = {"int8": 1.0, "int4": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +50,10 @@ def _native(config: Mapping[str, Any]) -> tuple[Model | None, str | None]:
     """The model without its weights, or why there is none."""
     from unspool.errors import CheckpointError, Unsupported
     from unspool.models.registry import empty
+    from unspool.weights import quant
 
     try:
+        quant.method(config)
         return empty(config), None
     except (CheckpointError, Unsupported) as error:
         return None, str(error)
@@ -89,16 +90,29 @@ def _facts(
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_bytes_per_token": sum(group.bytes_per_token(element) for group in spec.groups),
         }
+    from unspool.kernels import native
+
     facts |= {
         "parameters": parameters or None,
         "weights_files": stored.files,
         "weights_bytes": stored.bytes or None,
         "weights_dtypes": list(stored.dtypes),
-        "memory_bytes": {dtype: int(parameters * size) for dtype, size in (DTYPES | ESTIMATED).items()},
+        "memory_bytes": {dtype: int(parameters * size) for dtype, size in DTYPES.items()} | _quantised(model),
+        "kernels": native.describe(),
         "tokenizer": (folder / "tokenizer.json").is_file(),
         "chat_template": _has_chat_template(folder),
     }
     return facts
+
+
+def _quantised(model: Model | None) -> dict[str, int]:
+    """Bytes of the weights in each format that `--quantize` takes."""
+    if model is None:
+        return {}
+    from unspool.weights.quant import FORMATS, quantiser
+    from unspool.weights.quantity import size
+
+    return {name: size(model, quantiser(name)) for name in FORMATS}
 
 
 def _stored(folder: Path) -> Stored:
@@ -161,13 +175,16 @@ def _print(facts: Mapping[str, Any]) -> None:
     if facts["parameters"]:
         memory = facts["memory_bytes"]
         rows.append(("in memory", ", ".join(f"{dtype} {_size(memory[dtype])}" for dtype in DTYPES)))
-        rows.append(("", ", ".join(f"{dtype} about {_size(memory[dtype])}" for dtype in ESTIMATED) + " (not yet)"))
+        quantised = [f"{name} {_size(memory[name])}" for name in ("int8", "int4", "nf4") if name in memory]
+        if quantised:
+            rows.append(("", ", ".join(quantised) + " (--quantize)"))
     if facts["supported"]:
         per_token, positions = facts["kv_bytes_per_token"], facts["max_positions"]
         whole = f"{_size(per_token * positions)} for {positions:,} tokens"
         rows.append(("keys and values", f"{_size(per_token)} a token in {facts['dtype']}, {whole}"))
     rows.append(("tokenizer", "yes" if facts["tokenizer"] else "none (no tokenizer.json)"))
     rows.append(("chat", "yes" if facts["chat_template"] else "no chat template"))
+    rows.append(("kernels", facts["kernels"]))
     rows.append(("runs here", "yes: generate, streaming, batches" if facts["supported"] else f"no: {facts['refusal']}"))
     for name, value in rows:
         print(f"{name:<16}{value}".rstrip())

@@ -50,6 +50,7 @@ OPTIONS: tuple[Shared, ...] = (
     Shared("no_repeat_ngram_size", int, "N", "Never the same N tokens in a row twice.", OTHER),
     Shared("set", list[str], "NAME=JSON", "Any other field of GenerationConfig.", OTHER, ("--set",)),
     Shared("dtype", str, "NAME", "float32, bfloat16, float16; else the checkpoint's.", MODEL),
+    Shared("quantize", str, "NAME", "Keep the weights in fewer bits: int8, int4, nf4, fp4.", MODEL),
     Shared("device", str, "NAME", "cpu, cuda, cuda:1 …; else cuda if there is one.", MODEL),
     Shared("threads", int, "N", "CPU threads; else as many as torch likes.", MODEL),
     Shared("revision", str, "NAME", "Branch, tag or commit on the Hub.", MODEL),
@@ -76,6 +77,7 @@ class ModelOptions:
 
     model: str = "storyteller"
     dtype: str | None = None
+    quantize: str | None = None
     device: str | None = None
     threads: int | None = None
     revision: str | None = None

@@ -50,6 +50,7 @@ def load_model(options: ModelOptions) -> tuple[CausalLM, Tokenizer]:
     return load(
         options.model,
         dtype=options.dtype,
+        quantize=options.quantize,
         device=options.device,
         revision=options.revision,
         local_files_only=options.offline,

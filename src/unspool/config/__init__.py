@@ -9,6 +9,7 @@ of the room that applies it.
     mode                   which strategy a set of settings means
     resolve, lengths       the settings and the lengths of one call
     watermark, compilation, continuous     nested settings
+    quantisation           which weights to quantise while a model is loaded
 """
 
 from unspool.config.compilation import CompileConfig
@@ -18,11 +19,13 @@ from unspool.config.generation import GenerationConfig
 from unspool.config.lengths import Lengths, effective_lengths
 from unspool.config.mode import GenerationMode
 from unspool.config.notice import warn_once
+from unspool.config.quantisation import BitsAndBytesConfig
 from unspool.config.resolve import Resolved, as_generation_config, resolve
 from unspool.config.watermark import BaseWatermarkingConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 __all__ = [
     "BaseWatermarkingConfig",
+    "BitsAndBytesConfig",
     "CompileConfig",
     "ContinuousBatchingConfig",
     "GenerationConfig",

@@ -76,6 +76,8 @@ class PackedWeight:
         weight: the plain weight, which `fits`. Where it is on the `meta` device, `write` brings the rows.
     """
 
+    lossless = True
+
     def __init__(self, weight: Tensor) -> None:
         functions = _functions()
         if functions is None or not fits(weight):

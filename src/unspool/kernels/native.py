@@ -7,6 +7,7 @@ would wait for each other's cores.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import torch  # noqa: F401  (brings OpenMP)
 
 __all__ = ["describe", "function", "level", "library"]
+
+logger = logging.getLogger(__name__)
 
 # As `unspool_interface` in native.cpp.
 _INTERFACE = 2
@@ -53,6 +56,12 @@ def function(name: str, result: type[ctypes._SimpleCData[int]] | None, *argument
 
 @cache
 def _load() -> _Loaded:
+    loaded = _look()
+    logger.info(loaded.words)
+    return loaded
+
+
+def _look() -> _Loaded:
     if os.environ.get("UNSPOOL_KERNELS") == "0":
         return _off("UNSPOOL_KERNELS=0 turns them off")
     files = sorted(Path(__file__).parent.glob("_native*.so"))

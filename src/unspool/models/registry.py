@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unspool.errors import CheckpointError, Unsupported
+from unspool.errors import CheckpointError
 from unspool.models.base import Model
 
 __all__ = ["allocate", "build", "dtype_of", "empty", "supported"]
@@ -42,7 +42,7 @@ def empty(config: Mapping[str, Any], dtype: torch.dtype | str | None = None) -> 
 
     Raises:
         CheckpointError: the `model_type` is missing or unknown, or the configuration contradicts itself.
-        Unsupported: the checkpoint is quantised.
+        Unsupported: the model has a part that is not there natively.
     """
     family = config.get("model_type")
     if family not in _CLASSES:
@@ -50,11 +50,6 @@ def empty(config: Mapping[str, Any], dtype: torch.dtype | str | None = None) -> 
         raise CheckpointError(
             f"config.json {named}, which has no native model here; supported are {', '.join(supported())}. Other "
             f"transformers models run through the `transformers` extra: `pip install unspool[transformers]`"
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise Unsupported(
-            f"the checkpoint is quantised (method {method!r}), which this version cannot load; use the unquantised one"
         )
     module, name = _CLASSES[family].split(":")
     make: type[Model] = getattr(import_module(module), name)

@@ -18,8 +18,9 @@ from unspool.errors import CheckpointError
 from unspool.models.base import Model
 from unspool.models.registry import dtype_of, empty
 from unspool.types import FileName
-from unspool.weights.fill import fill
+from unspool.weights.fill import Filling, fill
 from unspool.weights.names import Source, Target, is_ignored, targets
+from unspool.weights.quant import Reading, Stored, quantiser, reader
 from unspool.weights.safetensors import SafetensorsFile
 
 __all__ = ["load_model", "read_config"]
@@ -55,6 +56,7 @@ def load_model(
     progress: bool | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     pack: bool = True,
+    quantize: object | None = None,
 ) -> Model:
     """Load a model in evaluation mode. The folder is only read.
 
@@ -70,12 +72,21 @@ def load_model(
         pack: on a CPU, exchange weights for layouts that multiply faster, bf16 for that of our own kernels where the
             processor has AVX-512 BF16, else bf16 and fp32 for oneDNN's.
 
+        quantize: format in which to keep the weights of the layers, see `weights.quant`: a name, or a
+            `BitsAndBytesConfig`.
+
     Raises:
         CheckpointError: the folder does not hold the model it promises; the message names the file or tensor.
-        Unsupported: the checkpoint is quantised.
+        Unsupported: the checkpoint is quantised in a way that cannot be read.
+        ValueError: `quantize` is unknown, or the checkpoint is quantised already.
     """
+    wanted = None if quantize is None else quantiser(quantize)
     folder = Path(folder)
     config = {**read_config(folder), **(config_overrides or {})}
+    if wanted is not None and config.get("quantization_config"):
+        raise ValueError(
+            f"{folder} holds quantised weights already; leave `quantize` out, or take the unquantised model"
+        )
     model = empty(config, dtype)
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in _weight_files(folder)]
@@ -83,20 +94,29 @@ def load_model(
         if not (config.get("dtype") or config.get("torch_dtype")) and dtype in (None, "auto"):
             model = model.to(_file_dtype(files))
         model.tied = model.tied and not _untied(model, found)
+        stored = reader(config, found)
         plan = [
-            (target, [_locate(source, target, found, model, folder) for source in target.sources])
+            (
+                target,
+                [
+                    _stored(source, target, stored) or _locate(source, target, found, model, folder)
+                    for source in target.sources
+                ],
+            )
             for target in _wanted(model)
         ]
-        _report_extras(found, {name for _, places in plan for name in places}, model, folder)
+        used = {name for _, places in plan for place in places for name in _names(place)}
+        _report_extras(found, used, model, folder)
         # The largest come first: what reading one holds beside the weight is then gone before memory is full.
         plan.sort(key=lambda entry: -entry[0].parameter.nbytes)
         model.requires_grad_(not pack)
         if model.tied:
             model.lm_head.weight = model.embedding.weight
         pool = stack.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
+        how = Filling(found, device, pack, wanted, pool)
         with _progress(f"Loading {folder.name}", sum(target.parameter.nbytes for target, _ in plan), progress) as bar:
             for target, places in plan:
-                fill(model, target, places, found, device, pack, pool)
+                fill(model, target, places, how)
                 bar.advance(target.parameter.nbytes)
     return model
 
@@ -104,6 +124,18 @@ def load_model(
 def _wanted(model: Model) -> Iterator[Target]:
     """Parameters to be read; a tied head has none of its own."""
     return (target for target in targets(model) if not (model.tied and target.name == "lm_head.weight"))
+
+
+def _stored(source: Source, target: Target, stored: Reading | None) -> Stored | None:
+    """What a quantised checkpoint holds for `source`, if it is quantised."""
+    if stored is None or not source.name.endswith(".weight") or len(source.shape) != 2 or target.transposed:
+        return None
+    found = stored(source.name.removesuffix(".weight"), source.shape)
+    return found or stored(source.bare.removesuffix(".weight"), source.shape)
+
+
+def _names(place: str | Stored) -> tuple[str, ...]:
+    return place.names if isinstance(place, Stored) else (place,)
 
 
 def _locate(source: Source, target: Target, found: Mapping[str, SafetensorsFile], model: Model, folder: Path) -> str:
@@ -122,7 +154,7 @@ def _locate(source: Source, target: Target, found: Mapping[str, SafetensorsFile]
         )
     if not found[name].entries[name].dtype.is_floating_point:
         raise CheckpointError(
-            f"{found[name].path}: the tensor {name!r} holds integers; quantised weights cannot be loaded"
+            f"{found[name].path}: the tensor {name!r} holds integers where config.json speaks of no quantisation"
         )
     return name
 

@@ -52,6 +52,7 @@ def save_model(model: Model, folder: FileName) -> None:
         "tie_word_embeddings": model.tied,
     }
     config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)  # what is written is plain
     unfinished = folder / f".model.safetensors.{os.getpid()}"
     try:
         save_file(tensors, unfinished, metadata={"format": "pt"})

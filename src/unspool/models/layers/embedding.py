@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unspool.kernels.linear import PackedWeight
-from unspool.models.layers.packed import Packable
+from unspool.models.layers.packed import Packable, TableForm
 
 __all__ = ["Embedding"]
 
@@ -28,8 +29,7 @@ class Embedding(Packable):
         """Rows `[n, width]` of `indexes` `[n]`."""
         if self._packed is not None:
             if not (torch.is_grad_enabled() and self.weight.requires_grad):
-                assert isinstance(self._packed, PackedWeight)
-                return self._packed.rows(indexes)
+                return cast(TableForm, self._packed).rows(indexes)
             self.unpack()
         return F.embedding(indexes, self.weight)
 

@@ -72,8 +72,11 @@ class Linear(Packable):
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[rows, inputs]` to `[rows, sum(parts)]`."""
         if self._packed is not None:
-            if not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
+            trained = torch.is_grad_enabled() and self.weight.requires_grad
+            if not trained and not (torch.is_grad_enabled() and x.requires_grad):
                 return self._packed.product(x, self.bias)
+            if not trained and not self._packed.lossless:
+                return F.linear(x, self._packed.plain(), self.bias)
             self.unpack()
         return multiply(x, self.weight, self.bias)
 
@@ -119,6 +122,8 @@ _onednn_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 class _OneDNN:
     """A weight in oneDNN's blocked layout: near the memory's speed at a few rows, and faster than plain at many."""
+
+    lossless = True
 
     def __init__(self, weight: Tensor) -> None:
         self._dtype = weight.dtype

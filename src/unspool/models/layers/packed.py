@@ -2,29 +2,60 @@
 
 A packed weight's parameter keeps its shape and dtype and has no memory (it is on the `meta` device). Training, `to()`,
 `state_dict()`, copying and pickling see the plain weight as before. Modules that share a weight share its packed form.
+A quantised weight is such a form too, which stays as it is when the model is moved, copied or trained around it, and is
+brought back for `state_dict()` and where its own gradient is wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Packable", "PackedForm", "WritableForm", "exchange"]
+__all__ = ["Packable", "PackedForm", "TableForm", "WritableForm", "exchange"]
 
 
 class PackedForm(Protocol):
-    """A weight `[out, in]` in another layout."""
+    """A weight `[out, in]` in another layout.
+
+    Attributes:
+        lossless: it gives back the very weight it was made of. What does not, a quantised weight, is kept while it is
+            trained around, moved and copied.
+    """
+
+    lossless: bool
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[rows, in]`, without gradients."""
         ...
 
     def plain(self) -> Tensor:
-        """The weight in the usual layout, bit for bit."""
+        """The weight in the usual layout."""
+        ...
+
+
+class TableForm(PackedForm, Protocol):
+    """A packed weight whose rows can be had one by one."""
+
+    def rows(self, indexes: Tensor) -> Tensor:
+        """Rows `[n, in]` of the weight at `indexes` `[n]`."""
+        ...
+
+
+class MovableForm(PackedForm, Protocol):
+    """A quantised weight.
+
+    Attributes:
+        device: where it is.
+    """
+
+    device: torch.device
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PackedForm:
+        """The same weight elsewhere, or for another dtype of activations."""
         ...
 
 
@@ -57,26 +88,44 @@ class Packable(nn.Module):
         """Bring the plain weight back, for all modules that share it; does nothing where it is already."""
         if self._packed is None:
             return
-        assert self._holders is not None
         with torch.inference_mode(False):
             weight = nn.Parameter(self._packed.plain(), requires_grad=self.weight.requires_grad)
-        for module in list(self._holders):
+        for module in list(self._holders or [self]):
             module.weight, module._packed, module._holders = weight, None, None
 
     def train(self, mode: bool = True) -> Packable:
-        """Set training mode, for which the weight must be plain."""
-        if mode:
+        """Set training mode, for which a weight that is not quantised must be plain."""
+        if mode and self._packed is not None and self._packed.lossless:
             self.unpack()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copying and pickling see: the plain weight."""
+        """What copying and pickling see: the plain weight, or the quantised one."""
+        if self._packed is not None and not self._packed.lossless:
+            return {**self.__dict__, "_holders": None}
         self.unpack()
         return self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packable:
-        self.unpack()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._packed is None or self._packed.lossless:
+            self.unpack()
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        # The function does not fit what is only a shape; what it does to a tensor like it says where to go.
+        form = cast(MovableForm, self._packed)
+        like = fn(torch.empty(0, dtype=self.weight.dtype, device=form.device))
+        moved = form.to(like.device, like.dtype)
+        if moved is not form:
+            holders = list(self._holders or [self])
+            shape = nn.Parameter(self.weight.detach().to(like.dtype), requires_grad=self.weight.requires_grad)
+            for module in holders:
+                module.weight = shape
+            exchange(holders, moved)
+        weight, self._parameters["weight"] = self.weight, None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["weight"] = weight
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -1,0 +1,465 @@
+// Products with quantised weights on processors with AVX-512 VNNI and BF16: y = x W^T + bias for any number of rows.
+//
+// Two kinds of weight, both packed so that a 64-byte line holds the same inputs of 16 outputs, in the order of use:
+//
+//   bytes    a weight is a byte times its output's scale. [blocks][inputs / 4][16 outputs][4 inputs], stored plus 128.
+//            Activations become bytes too, with a scale for every 64 of a row; products are sums of integers.
+//   nibbles  a weight is an entry of a table of 16 times its group's scale (plus its group's offset).
+//            [blocks][inputs / 8][16 outputs][8 inputs]: of a lane's eight nibbles, the lower four are the even inputs
+//            and the upper four the odd ones, so one table look-up gives a line of pairs in bf16. Activations are bf16
+//            and products exact; only sums are rounded, in fp32.
+//
+// Inputs are padded with zero activations to whole groups, outputs to whole panels. One number of the result is one
+// chain of operations in the order of the inputs, whatever the number of rows and of threads, so a row's results are the
+// same bits alone and in company.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using bf16 = std::uint16_t;
+using fp16 = std::uint16_t;
+using u8 = std::uint8_t;
+using i64 = std::int64_t;
+
+constexpr i64 kLanes = 16;       // outputs of a block
+constexpr i64 kLine = 64;        // bytes of a line
+constexpr i64 kPanel = 2;        // blocks of a panel; a weight has a whole number of panels
+constexpr i64 kByteGroup = 64;   // activations of a row that share a scale
+constexpr i64 kSerial = 1 << 15; // up to so many bytes of weight times rows, starting threads costs more than it saves
+
+i64 blocks_of(i64 outputs) { return (outputs + kPanel * kLanes - 1) / (kPanel * kLanes) * kPanel; }
+
+struct QuantisedWeight {
+    const u8* lines;
+    const float* units;   // [outputs, padded]: factor of all that belongs to an output
+    const fp16* scales;   // nibbles: [blocks][groups][16]; else null
+    const fp16* offsets;  // nibbles: the same, or null
+    const bf16* table;    // nibbles: 32 numbers, the 16 twice
+    i64 outputs, inputs;
+    i64 group;            // inputs that share a scale, a multiple of 32; of bytes, 64 activations that do
+    i64 nibbles;          // 0 or 1
+
+    i64 per_line() const { return nibbles ? 8 : 4; }
+    i64 width() const { return (inputs + group - 1) / group * group; }
+    i64 lines_of_block() const { return width() / per_line(); }
+    i64 blocks() const { return blocks_of(outputs); }
+};
+
+// Where the first four bytes of an output stand; those after are a line apart.
+i64 lane_of(const QuantisedWeight& w, i64 output) {
+    return (output / kLanes) * w.lines_of_block() * kLine + 4 * (output % kLanes);
+}
+
+}  // namespace
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 takes the "undefined" operands inside its own intrinsics for ours
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define UNSPOOL_QUANT __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")))
+
+namespace {
+
+constexpr i64 kTall = 12;  // rows of a tile: rows x blocks of sums stay in registers
+constexpr i64 kReach = 24; // lines to fetch ahead of use
+
+// Activations of a tile of rows, interleaved: a step of 4 bytes of each row after the other.
+struct Activations {
+    const u8* steps;            // [steps][rows][4 bytes]
+    const float* scales;        // bytes: [groups][rows]; nibbles with offsets: sums of the group
+    const std::int32_t* starts; // bytes: [groups][rows], what corrects for the 128 that weights are stored with
+};
+
+UNSPOOL_QUANT inline __m512i broadcast(const u8* step) {
+    int word;
+    std::memcpy(&word, step, sizeof word);
+    return _mm512_set1_epi32(word);
+}
+
+template <int Hint>
+inline void fetch(const u8* line) { _mm_prefetch(reinterpret_cast<const char*>(line), static_cast<_mm_hint>(Hint)); }
+
+// What to fetch from memory meanwhile: so many lines of the next panel with every line of this one.
+struct Ahead {
+    const u8* line;
+    i64 lines;
+
+    void next() {
+        for (i64 i = 0; i < lines; i++, line += kLine) fetch<_MM_HINT_T1>(line);
+    }
+};
+
+// gcc keeps these in registers, and not `__m512i` that is cast inside its intrinsics
+using Integers = std::int32_t __attribute__((vector_size(64)));
+
+// Of a group of 64 inputs: adds its products to the totals.
+template <int Rows, int Blocks>
+struct Bytes {
+    UNSPOOL_QUANT static void group(const QuantisedWeight&, const u8* lines, i64 stride, i64 group,
+                                    const Activations& x, __m512 (&totals)[Rows][Blocks], i64, Ahead& ahead) {
+        Integers sums[Rows][Blocks];
+        const std::int32_t* starts = x.starts + group * Rows;
+#pragma GCC unroll 24
+        for (int i = 0; i < Rows * Blocks; i++) sums[i / Blocks][i % Blocks] = (Integers)_mm512_set1_epi32(starts[i / Blocks]);
+        const u8* from = lines + group * (kByteGroup / 4) * kLine;
+        const u8* steps = x.steps + group * kByteGroup * Rows;
+        for (i64 step = 0; step < kByteGroup / 4; step++, from += kLine) {
+            __m512i line[Blocks];
+#pragma GCC unroll 4
+            for (int b = 0; b < Blocks; b++) {
+                line[b] = _mm512_loadu_si512(from + b * stride);
+                if (Blocks > kPanel) fetch<_MM_HINT_T0>(from + b * stride + kReach * kLine);
+            }
+            ahead.next();
+#pragma GCC unroll 12
+            for (int r = 0; r < Rows; r++, steps += 4) {
+                const __m512i four = broadcast(steps);
+#pragma GCC unroll 4
+                for (int b = 0; b < Blocks; b++)
+                    sums[r][b] = (Integers)_mm512_dpbusd_epi32((__m512i)sums[r][b], line[b], four);
+            }
+        }
+        const float* scales = x.scales + group * Rows;
+#pragma GCC unroll 24
+        for (int i = 0; i < Rows * Blocks; i++) {
+            const int r = i / Blocks, b = i % Blocks;
+            const __m512 sum = _mm512_cvtepi32_ps((__m512i)sums[r][b]);
+            totals[r][b] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scales[r]), totals[r][b]);
+        }
+    }
+};
+
+template <int Rows, int Blocks>
+struct Nibbles {
+    UNSPOOL_QUANT static void group(const QuantisedWeight& w, const u8* lines, i64 stride, i64 group,
+                                    const Activations& x, __m512 (&totals)[Rows][Blocks], i64 block, Ahead& ahead) {
+        const __m512i table = _mm512_loadu_si512(w.table);
+        const i64 count = w.group / 8, groups = w.width() / w.group;
+        __m512 sums[Rows][Blocks] = {};
+        const u8* from = lines + group * count * kLine;
+        const u8* steps = x.steps + group * w.group * 2 * Rows;
+        for (i64 step = 0; step < count; step++, from += kLine) {
+            __m512i line[Blocks];
+#pragma GCC unroll 4
+            for (int b = 0; b < Blocks; b++) {
+                line[b] = _mm512_loadu_si512(from + b * stride);
+                if (Blocks > kPanel) fetch<_MM_HINT_T0>(from + b * stride + kReach * kLine);
+            }
+            ahead.next();
+#pragma GCC unroll 4
+            for (int pair = 0; pair < 4; pair++) {
+                __m512bh weights[Blocks];
+#pragma GCC unroll 4
+                for (int b = 0; b < Blocks; b++) {
+                    // the index is a word's lowest five bits, of which the table ignores the fifth
+                    weights[b] = (__m512bh)_mm512_permutexvar_epi16(line[b], table);
+                    line[b] = _mm512_srli_epi16(line[b], 4);
+                }
+#pragma GCC unroll 12
+                for (int r = 0; r < Rows; r++, steps += 4) {
+                    const __m512bh both = (__m512bh)broadcast(steps);
+#pragma GCC unroll 4
+                    for (int b = 0; b < Blocks; b++) sums[r][b] = _mm512_dpbf16_ps(sums[r][b], weights[b], both);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int b = 0; b < Blocks; b++) {
+            const i64 at = ((block + b) * groups + group) * kLanes;
+            const __m512 scale = half(w.scales + at);
+#pragma GCC unroll 12
+            for (int r = 0; r < Rows; r++) totals[r][b] = _mm512_fmadd_ps(sums[r][b], scale, totals[r][b]);
+            if (!w.offsets) continue;
+            const __m512 offset = half(w.offsets + at);
+#pragma GCC unroll 12
+            for (int r = 0; r < Rows; r++)
+                totals[r][b] = _mm512_fmadd_ps(_mm512_set1_ps(x.scales[group * Rows + r]), offset, totals[r][b]);
+        }
+    }
+
+    UNSPOOL_QUANT static __m512 half(const fp16* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+};
+
+struct Result {
+    void* y;
+    const void* bias;  // may be null
+    bool wide;         // fp32 rather than bf16
+};
+
+template <int Rows, int Blocks>
+UNSPOOL_QUANT inline void finish(const QuantisedWeight& w, const Result& to, i64 block, i64 row,
+                                 const __m512 (&totals)[Rows][Blocks]) {
+    for (int b = 0; b < Blocks; b++) {
+        const i64 first = (block + b) * kLanes;
+        const i64 there = std::clamp<i64>(w.outputs - first, 0, kLanes);
+        if (!there) return;
+        const __mmask16 mask = static_cast<__mmask16>((1u << there) - 1);
+        const __m512 unit = _mm512_loadu_ps(w.units + first);
+        __m512 bias = _mm512_setzero_ps();
+        if (to.bias && to.wide) bias = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(to.bias) + first);
+        if (to.bias && !to.wide) {
+            const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const bf16*>(to.bias) + first);
+            bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        }
+        for (int r = 0; r < Rows; r++) {
+            const __m512 sum = _mm512_add_ps(_mm512_mul_ps(totals[r][b], unit), bias);
+            const i64 at = (row + r) * w.outputs + first;
+            if (to.wide)
+                _mm512_mask_storeu_ps(static_cast<float*>(to.y) + at, mask, sum);
+            else
+                _mm256_mask_storeu_epi16(static_cast<bf16*>(to.y) + at, mask, (__m256i)_mm512_cvtneps_pbh(sum));
+        }
+    }
+}
+
+template <template <int, int> class Kind, int Rows, int Blocks>
+UNSPOOL_QUANT void tile(const QuantisedWeight& w, const Result& to, i64 block, i64 row, const Activations& x,
+                        Ahead ahead) {
+    __m512 totals[Rows][Blocks] = {};
+    const i64 stride = w.lines_of_block() * kLine;
+    const u8* lines = w.lines + block * stride;
+    const i64 groups = w.width() / w.group;
+    for (i64 group = 0; group < groups; group++)
+        Kind<Rows, Blocks>::group(w, lines, stride, group, x, totals, block, ahead);
+    finish(w, to, block, row, totals);
+}
+
+using Tile = void (*)(const QuantisedWeight&, const Result&, i64, i64, const Activations&, Ahead);
+
+template <template <int, int> class Kind, int Blocks, int... Rows>
+Tile tile_of(i64 rows, std::integer_sequence<int, Rows...>) {
+    static constexpr Tile tiles[] = {tile<Kind, Rows + 1, Blocks>...};
+    return tiles[rows - 1];
+}
+
+// The widest tile for so many rows that is no wider than `blocks`, and how wide it is.
+template <template <int, int> class Kind>
+std::pair<Tile, i64> tile_for(i64 rows, i64 blocks) {
+    if (rows <= 5 && blocks >= 4) return {tile_of<Kind, 4>(rows, std::make_integer_sequence<int, 5>{}), 4};
+    return {tile_of<Kind, 2>(rows, std::make_integer_sequence<int, 12>{}), 2};
+}
+
+// Rows in tiles of at most 12, as even as can be.
+struct Tiles {
+    i64 rows, count;
+    explicit Tiles(i64 rows) : rows(rows), count((rows + kTall - 1) / kTall) {}
+    i64 begin(i64 tile) const { return rows * tile / count; }
+    i64 height(i64 tile) const { return begin(tile + 1) - begin(tile); }
+};
+
+// Sixteen activations of either dtype.
+UNSPOOL_QUANT inline __m512 activations(const void* x, bool wide, i64 at, i64 end) {
+    const i64 there = std::clamp<i64>(end - at, 0, kLanes);
+    const __mmask16 mask = static_cast<__mmask16>((1u << there) - 1);
+    if (wide) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + at);
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// A group of 64 activations as bytes; gives their scale. Where one of them is not finite, the scale is not either.
+UNSPOOL_QUANT inline float quantise(const void* x, bool wide, i64 at, i64 end, u8* out, std::int32_t* sum) {
+    __m512 parts[4], most = _mm512_setzero_ps();
+    __mmask16 wrong = 0;
+    for (int i = 0; i < 4; i++) {
+        parts[i] = activations(x, wide, at + i * kLanes, end);
+        wrong |= _mm512_cmp_ps_mask(parts[i], parts[i], _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, _mm512_abs_ps(parts[i]));
+    }
+    const float largest = wrong ? __builtin_nanf("") : _mm512_reduce_max_ps(most);
+    // below the smallest normal number the inverse would be infinite
+    const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
+    __m512i added = _mm512_setzero_si512();
+    for (int i = 0; i < 4; i++) {
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(parts[i], _mm512_set1_ps(inverse)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * kLanes), _mm512_cvtsepi32_epi8(whole));
+        added = _mm512_add_epi32(added, whole);
+    }
+    *sum = _mm512_reduce_add_epi32(added);
+    return largest / 127.0f;
+}
+
+// Memory that a call's threads share, kept by the thread that calls.
+template <class Number>
+Number* scratch(i64 size) {
+    thread_local std::vector<Number> memory;
+    if (static_cast<i64>(memory.size()) < size) memory.resize(static_cast<std::size_t>(size));
+    return memory.data();
+}
+
+struct Call {
+    const QuantisedWeight& w;
+    const void* x;
+    i64 stride;      // between rows of x, in numbers
+    bool wide;       // x is fp32 rather than bf16
+    Result to;
+    Tiles tiles;
+    i64 groups, row_bytes;
+    u8* steps;
+    float* scales;
+    std::int32_t* starts;
+
+    Activations of(i64 tile) const {
+        const i64 row = tiles.begin(tile);
+        return {steps + row * row_bytes, scales + row * groups, starts + row * groups};
+    }
+};
+
+// Puts one row of x where its tile reads it.
+UNSPOOL_QUANT void prepare(const Call& c, i64 row) {
+    const QuantisedWeight& w = c.w;
+    i64 t = row * c.tiles.count / c.tiles.rows;
+    while (c.tiles.begin(t) > row) t--;
+    while (c.tiles.begin(t + 1) <= row) t++;
+    const i64 begin = c.tiles.begin(t), rows = c.tiles.height(t), place = row - begin;
+    u8* to = c.steps + begin * c.row_bytes + 4 * place;
+    float* scales = c.scales + begin * c.groups + place;
+    std::int32_t* starts = c.starts + begin * c.groups + place;
+    const u8* x = static_cast<const u8*>(c.x) + row * c.stride * (c.wide ? 4 : 2);
+    alignas(64) u8 part[2 * kByteGroup];
+    if (!w.nibbles) {
+        for (i64 group = 0; group < c.groups; group++) {
+            std::int32_t sum = 0;
+            scales[group * rows] = quantise(x, c.wide, group * kByteGroup, w.inputs, part, &sum);
+            starts[group * rows] = -128 * sum;
+            for (i64 i = 0; i < kByteGroup; i += 4, to += 4 * rows) std::memcpy(to, part + i, 4);
+        }
+        return;
+    }
+    for (i64 group = 0; group < c.groups; group++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (i64 at = group * w.group; at < (group + 1) * w.group; at += 2 * kLanes) {
+            for (i64 i = 0; i < 2; i++) {
+                const __m512 numbers = activations(x, false, at + i * kLanes, w.inputs);
+                sum = _mm512_add_ps(sum, numbers);
+                _mm256_store_si256(reinterpret_cast<__m256i*>(part + 32 * i), (__m256i)_mm512_cvtneps_pbh(numbers));
+            }
+            for (i64 i = 0; i < kLine; i += 4, to += 4 * rows) std::memcpy(to, part + i, 4);
+        }
+        scales[group * rows] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+// The blocks from `from` to `to`, a panel of them at a time for all rows; with one tile of few rows, two panels.
+template <template <int, int> class Kind>
+void panels(const Call& c, i64 from, i64 to) {
+    const i64 lines = c.w.lines_of_block();
+    for (i64 block = from, width = 0; block < to; block += width)
+        for (i64 t = 0; t < c.tiles.count; t++) {
+            const auto [tile, wide] = tile_for<Kind>(c.tiles.height(t), to - block);
+            Ahead ahead{c.w.lines + (block + kPanel) * lines * kLine, 0};
+            // The tiles share what is to be fetched; one of few rows fetches for itself.
+            if (wide == kPanel && t < kPanel) ahead.lines = c.tiles.count == 1 ? kPanel : 1;
+            ahead.line += t * lines * kLine;
+            tile(c.w, c.to, block, c.tiles.begin(t), c.of(t), ahead);
+            width = wide;
+        }
+}
+
+}  // namespace
+#endif
+
+extern "C" {
+
+// Whether the products below run here.
+int unspool_quantised_usable() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
+}
+
+// Blocks of a weight of so many outputs, padded ones included.
+i64 unspool_quantised_blocks(i64 outputs) { return blocks_of(outputs); }
+
+// Packs rows `first` to `first + count` of the codes [outputs, inputs], a byte each. Lines are zero before.
+void unspool_quantised_pack(const QuantisedWeight* weight, const u8* codes, i64 first, i64 count, int threads) {
+    const QuantisedWeight& w = *weight;
+    u8* lines = const_cast<u8*>(w.lines);
+    const i64 end = first + count, stripe = w.per_line();
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 block = first / kLanes; block < (end + kLanes - 1) / kLanes; block++)
+        for (i64 row = std::max(first, block * kLanes); row < std::min(end, (block + 1) * kLanes); row++) {
+            const u8* from = codes + (row - first) * w.inputs;
+            u8* to = lines + lane_of(w, row);
+            for (i64 input = 0; input < w.inputs; input += stripe, to += kLine) {
+                u8 eight[8] = {};
+                std::memcpy(eight, from + input, static_cast<std::size_t>(std::min(stripe, w.inputs - input)));
+                if (!w.nibbles) {
+                    std::memcpy(to, eight, 4);
+                    continue;
+                }
+                to[0] = static_cast<u8>(eight[0] | eight[2] << 4);
+                to[1] = static_cast<u8>(eight[4] | eight[6] << 4);
+                to[2] = static_cast<u8>(eight[1] | eight[3] << 4);
+                to[3] = static_cast<u8>(eight[5] | eight[7] << 4);
+            }
+        }
+}
+
+// And back: codes [count, inputs] of the rows at `indexes`. Returns the place of the first index outside [0, outputs),
+// or -1.
+i64 unspool_quantised_codes(const QuantisedWeight* weight, const i64* indexes, i64 count, u8* codes, int threads) {
+    const QuantisedWeight& w = *weight;
+    const i64* wrong = std::find_if(indexes, indexes + count, [&](i64 i) { return i < 0 || i >= w.outputs; });
+    if (wrong != indexes + count) return wrong - indexes;
+    const i64 stripe = w.per_line();
+    if (count * w.inputs <= kSerial) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 i = 0; i < count; i++) {
+        const u8* from = w.lines + lane_of(w, indexes[i]);
+        u8* to = codes + i * w.inputs;
+        for (i64 input = 0; input < w.inputs; input += stripe, from += kLine) {
+            u8 all[8] = {from[0], from[1], from[2], from[3]};
+            if (w.nibbles)
+                for (int pair = 3; pair >= 0; pair--) {
+                    all[2 * pair + 1] = from[2 + pair / 2] >> pair % 2 * 4 & 15;
+                    all[2 * pair] = from[pair / 2] >> pair % 2 * 4 & 15;
+                }
+            std::memcpy(to + input, all, static_cast<std::size_t>(std::min(stripe, w.inputs - input)));
+        }
+    }
+    return -1;
+}
+
+// y [rows, outputs] = x [rows, inputs] times the weight, plus `bias` [outputs] where it is not null. Numbers of a row
+// of x lie together and rows `stride` apart; y is contiguous. x is fp32 if `wide_x` (which needs a weight of bytes),
+// else bf16; y and bias are fp32 if `wide_y`, else bf16.
+void unspool_quantised([[maybe_unused]] const QuantisedWeight* weight, [[maybe_unused]] const void* x,
+                       [[maybe_unused]] i64 stride, [[maybe_unused]] const void* bias, [[maybe_unused]] void* y,
+                       [[maybe_unused]] i64 rows, [[maybe_unused]] int wide_x, [[maybe_unused]] int wide_y,
+                       [[maybe_unused]] int threads) {
+#if defined(__x86_64__)
+    if (rows == 0) return;
+    const QuantisedWeight& w = *weight;
+    const i64 groups = w.width() / w.group, row_bytes = w.width() * (w.nibbles ? 2 : 1);
+    const Call c{w, x, stride, wide_x != 0, {y, bias, wide_y != 0}, Tiles(rows), groups, row_bytes,
+                 scratch<u8>(rows * row_bytes), scratch<float>(rows * groups), scratch<std::int32_t>(rows * groups)};
+    const i64 units = w.blocks() / kPanel;
+    if (rows * units * kPanel * w.lines_of_block() * kLine <= kSerial) threads = 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (i64 row = 0; row < rows; row++) prepare(c, row);
+        const i64 thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const i64 from = units * thread / team * kPanel, to = units * (thread + 1) / team * kPanel;
+        (w.nibbles ? panels<Nibbles> : panels<Bytes>)(c, from, to);
+    }
+#endif
+}
+
+}  // extern "C"

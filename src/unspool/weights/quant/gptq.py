@@ -1,0 +1,65 @@
+"""GPTQ checkpoints of four bits (Frantar et al., 2022), as AutoGPTQ and GPTQModel write them.
+
+A module has `qweight` `[in / 8, out]`, `qzeros` `[groups, out / 8]`, `scales` `[groups, out]` and `g_idx` `[in]`, the
+group of each input; words hold eight codes, the lowest first. The older form keeps zero points less one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from unspool.errors import Unsupported
+from unspool.models.layers.quantised import Codes
+from unspool.weights.quant.stored import Files, Stored, column_words, expect, int4_code, shifted, tensor
+
+__all__ = ["Reader"]
+
+
+class Reader:
+    """Reads the modules of such a checkpoint.
+
+    Args:
+        settings: `quantization_config` of its `config.json`.
+        files: its files.
+
+    Raises:
+        Unsupported: another number of bits.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], files: Files) -> None:
+        if int(settings.get("bits", 4)) != 4:
+            raise Unsupported(f"GPTQ with {settings['bits']} bits cannot be read here, only with 4")
+        self._files = files
+        self._symmetric = bool(settings.get("sym", True))
+        self._group = int(settings.get("group_size", 128))
+        self._less = 0 if settings.get("checkpoint_format", "gptq") == "gptq_v2" else 1
+
+    def stored(self, module: str, shape: tuple[int, ...]) -> Stored | None:
+        """What the checkpoint holds for a module whose weight has `shape` `[out, in]`, if it is quantised."""
+        if f"{module}.qweight" not in self._files:
+            return None
+        names = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
+        group = self._group if self._group > 0 else shape[1]
+        code = int4_code(group, not self._symmetric)
+        return Stored(code, tuple(name for name in names if name in self._files), lambda: self._read(module, shape))
+
+    def _read(self, module: str, shape: tuple[int, ...]) -> Codes:
+        outputs, inputs = shape
+        group = self._group if self._group > 0 else inputs
+        groups = -(-inputs // group)
+        order = f"{module}.g_idx"
+        if order in self._files and not torch.equal(tensor(self._files, order).long(), torch.arange(inputs) // group):
+            raise Unsupported(f"{module!r} has its inputs in another order (desc_act), which cannot be read here")
+        name = f"{module}.qweight"
+        words = expect(name, tensor(self._files, name), (inputs // 8, outputs))
+        codes = column_words(words.t().contiguous())
+        scales = expect(f"{module}.scales", tensor(self._files, f"{module}.scales"), (groups, outputs)).t()
+        zeros = column_words(tensor(self._files, f"{module}.qzeros"))[:, :outputs].t() + self._less
+        if self._symmetric and bool((zeros == 8).all()):
+            return shifted(codes, scales, None)
+        if self._symmetric:
+            raise Unsupported(f"{module!r} has zero points although its configuration says `sym`; set `sym` to false")
+        return shifted(codes, scales, zeros)
