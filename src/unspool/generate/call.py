@@ -103,10 +103,12 @@ class Assistant:
     Attributes:
         backend: computes it.
         config: its own generation settings.
+        tokenizers: the model's and the draft model's, where these differ.
     """
 
     backend: Backend
     config: GenerationConfig
+    tokenizers: tuple[Any, Any] | None = None
 
 
 @dataclass(slots=True)

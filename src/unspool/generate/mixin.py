@@ -26,6 +26,7 @@ from unspool.generate.reading import Arguments, Source
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
 from unspool.generate.stream import Stream
+from unspool.generate.vocabularies import read_tokenizers, tongue
 from unspool.logits import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     build_processors,
@@ -78,7 +79,7 @@ class GenerationMixin:
             assistant_model: a smaller model with the same tokenizer that drafts tokens, which this one then
                 checks several at a time: the same text, sooner. How much is drafted: `num_assistant_tokens`,
                 `num_assistant_tokens_schedule` and `assistant_confidence_threshold`, of this call or else of its own
-                generation config.
+                generation config. One with another tokenizer takes `tokenizer` and `assistant_tokenizer` too.
             negative_prompt_ids: `[rows, columns]` (or one row for all) what `guidance_scale` steers away from, with
                 `negative_prompt_attention_mask`; by default the last token of each prompt.
             custom_generate: decodes in place of this method: a function called as `function(model, input_ids,
@@ -87,7 +88,8 @@ class GenerationMixin:
                 `custom_generate/generate.py`, which runs with `trust_remote_code=True` only.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
-                `tokenizer` (for `stop_strings`, `json_schema`, `regex` and `grammar`).
+                `tokenizer` (for `stop_strings`, `json_schema`, `regex`, `grammar` and an assistant with another
+                tokenizer, which is then `assistant_tokenizer`).
 
         Returns:
             `[rows * num_return_sequences, columns]` int64 ids, prompts included, or a `GenerateDecoderOnlyOutput`
@@ -138,7 +140,7 @@ class GenerationMixin:
             if custom_generate is None:
                 result = run(call)
             else:
-                result = self._custom(custom_generate, call, given, arguments.tokenizer, own)
+                result = self._custom(custom_generate, call, given, arguments, own)
         except BaseException as error:
             fail = getattr(streamer, "fail", None)
             if fail is not None:
@@ -206,15 +208,15 @@ class GenerationMixin:
             stream=None if given.streamer is None else Stream(given.streamer, reading.seen if beams > 1 else prompts),
             past=reading.past,
             foreign=bool(given.logits_processor or given.stopping_criteria or given.prefix_allowed_tokens_fn),
-            assistant=None if given.assistant is None else _read_assistant(given.assistant, source.vocab_size, prompts),
+            assistant=_read_assistant(given.assistant, source.vocab_size, arguments, prompts),
             negative=negative,
         )
 
     def _custom(
-        self, function: Callable[..., Any], call: Call, given: _Given, tokenizer: Any, own: dict[str, Any]
+        self, function: Callable[..., Any], call: Call, given: _Given, arguments: Arguments, own: dict[str, Any]
     ) -> Any:
         """Hand a prepared call to the caller's own function."""
-        criteria = build_criteria(call.config, custom=given.stopping_criteria, tokenizer=tokenizer)
+        criteria = build_criteria(call.config, custom=given.stopping_criteria, tokenizer=arguments.tokenizer)
         always = {
             "logits_processor": call.processors,
             "stopping_criteria": criteria,
@@ -222,7 +224,12 @@ class GenerationMixin:
         }
         with torch.no_grad():
             inputs = call.backend.kwargs(call.rows(), call.steps)
-            named = {"streamer": given.streamer, "assistant_model": given.assistant, "tokenizer": tokenizer}
+            named = {
+                "streamer": given.streamer,
+                "assistant_model": given.assistant,
+                "tokenizer": arguments.tokenizer,
+                "assistant_tokenizer": arguments.assistant_tokenizer,
+            }
             return call_custom(function, self, call.prompts.rectangle, {**always, **inputs, **own}, named)
 
     def _source(self) -> Source:
@@ -264,7 +271,7 @@ def _guidance(
     return processor, None
 
 
-_INPUTS = {"input_ids", "attention_mask", "past_key_values", "inputs_embeds", "tokenizer"}
+_INPUTS = {"input_ids", "attention_mask", "past_key_values", "inputs_embeds", "tokenizer", "assistant_tokenizer"}
 
 # Arguments of `generate()` that are still to come.
 _ARGUMENTS = ("synced_gpus",)
@@ -293,18 +300,22 @@ def refuse_modes(config: GenerationConfig) -> None:
             raise Unsupported(f"{name}={value!r} is not supported in this version; leave it at {off!r}")
 
 
-def _read_assistant(model: Any, vocab: int | None, prompts: Prompts) -> Assistant:
-    """The draft model of a call, checked, with the call's rows as its prompts."""
+def _read_assistant(model: Any, vocab: int | None, arguments: Arguments, prompts: Prompts) -> Assistant | None:
+    """The draft model of a call, checked, with the call's rows as its prompts; `None` where there is none."""
+    if model is None:
+        if arguments.assistant_tokenizer is not None:
+            raise ValueError("assistant_tokenizer belongs to an assistant_model, which is missing; pass both")
+        return None
     if not isinstance(model, nn.Module | GenerationMixin):
         raise TypeError(
             f"assistant_model must be a model, not {type(model).__name__}; see unspool.load and unspool.wrap"
         )
     source = model._source() if isinstance(model, GenerationMixin) else ForeignSource(model)
-    if None not in (vocab, source.vocab_size) and source.vocab_size != vocab:
-        raise ValueError(
-            f"assistant_model has a vocabulary of {source.vocab_size} and the model one of {vocab}; they must share a "
-            "tokenizer"
-        )
+    tokenizers = read_tokenizers(arguments.tokenizer, arguments.assistant_tokenizer, vocab, source.vocab_size)
     own = as_generation_config("the assistant's generation_config", getattr(model, "generation_config", None))
-    arguments = Arguments(None, {"input_ids": prompts.rectangle, "attention_mask": prompts.mask.long()})
-    return Assistant(source.draft(arguments, resolve({}, own).config), own or GenerationConfig())
+    inputs: dict[str, Any] = {"input_ids": prompts.rectangle, "attention_mask": prompts.mask.long()}
+    if tokenizers is not None:
+        ours, theirs = map(tongue, tokenizers)
+        inputs = {"input_ids": [theirs.encode(ours.decode(tokens), True) for tokens in prompts.tokens]}
+    backend = source.draft(Arguments(None, inputs), resolve({}, own).config)
+    return Assistant(backend, own or GenerationConfig(), tokenizers)

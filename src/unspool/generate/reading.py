@@ -19,6 +19,7 @@ class Arguments:
     Attributes:
         inputs: what was passed as `inputs`.
         tokenizer: as passed.
+        assistant_tokenizer: as passed.
         rest: the model's inputs by name.
     """
 
@@ -26,6 +27,7 @@ class Arguments:
         self.inputs = inputs
         self.rest = dict(unused)
         self.tokenizer = self.rest.pop("tokenizer", None)
+        self.assistant_tokenizer = self.rest.pop("assistant_tokenizer", None)
         self.rest.pop("use_model_defaults", None)  # transformers takes it; it changes nothing here
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence as Items
 
 import torch
 from torch import Tensor
 
 from unspool.decode.draft.rules import DraftRules, Pace
+from unspool.decode.draft.words import SameWords, Words
 from unspool.decode.loop import Loop
 from unspool.decode.plan import StaticScheduler
 from unspool.decode.runner import Runner
@@ -15,17 +17,19 @@ from unspool.decode.sequence import Choice, Chooser, Group, Sequence
 
 
 class ModelDrafter:
-    """Drafts with a model that shares the rows' vocabulary.
+    """Drafts with another model.
 
     Args:
         runner: the draft model's, with room for `mirrors`.
-        mirrors: one row for each row of the call, with its number and its prompt's tokens.
+        mirrors: one row for each row of the call, with its number; it gets the tokens that say what the row says.
         chooser: decides the mirrors' tokens, as the rows' own are decided; keeps its scores.
         rules: how much to draft.
         room: `row -> most tokens it may still get`.
         device: the draft model's.
         recompute_past: the draft model's; see `ModelSpec`.
         distributions: keep the distributions that tokens were drawn from, for the check.
+        words: how the rows' tokens and the draft model's are translated.
+        positions: most tokens of one of the draft model's rows.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class ModelDrafter:
         *,
         recompute_past: int | None,
         distributions: bool,
+        words: Words | None = None,
+        positions: int | float = math.inf,
     ) -> None:
         self._runner = runner
         self._mirrors = mirrors
@@ -48,44 +54,54 @@ class ModelDrafter:
         self._device = device
         self._recompute_past = recompute_past
         self._paces = [Pace(rules) for _ in mirrors]
+        self._words = SameWords() if words is None else words
+        self._positions = positions
+        self._drafted: list[list[int]] = [[] for _ in mirrors]
         self._distributions: dict[int, list[Tensor]] | None = {} if distributions else None
-        self._limits: dict[int, int] = {}
+        self._limits = [0] * len(mirrors)
 
     def draft(self, rows: Items[Sequence]) -> None:
         """See `Drafter`."""
-        live: list[Sequence] = []
+        live: list[tuple[Sequence, Sequence, list[int]]] = []
         for row in rows:
             row.draft = []
             tokens = min(self._paces[row.row].next(row), self._room(row) - 1)
-            if tokens > 0 and row.finish is None:
+            if tokens <= 0 or row.finish is not None:
+                continue
+            known = self._words.known(row)
+            tokens = int(min(tokens, self._positions - len(known)))
+            if known and tokens > 0:
                 mirror = self._mirrors[row.row]
-                self._follow(mirror, row)
-                self._limits[row.row] = len(row.tokens) + tokens
-                live.append(mirror)
+                self._follow(mirror, known)
+                self._limits[row.row] = tokens
+                self._drafted[row.row] = []
+                live.append((row, mirror, known))
         if not live:
             return
         if self._distributions is not None:
-            self._distributions = {mirror.row: [] for mirror in live}
-        group = Group(live, self._chooser, self)
+            self._distributions = {row.row: [] for row, _, _ in live}
+        self._run([mirror for _, mirror, _ in live])
+        for row, _, known in live:
+            drafted = self._drafted[row.row]
+            row.draft = self._words.draft(row, known, drafted)[: self._room(row) - 1]
+            self._paces[row.row].made(len(row.draft))
+
+    def _run(self, mirrors: list[Sequence]) -> None:
+        """Decode with the draft model until every mirror has its draft."""
         scheduler = StaticScheduler(
-            group,
+            Group(mirrors, self._chooser, self),
             self._runner,
-            steps=max(self._limits.values()),
+            steps=max(self._limits),
             recompute_past=self._recompute_past,
             keep_stored=True,
         )
         Loop(self._runner, scheduler, device=self._device, in_step=True).run()
-        for row in rows:
-            mirror = self._mirrors[row.row]
-            if mirror in live:
-                row.draft = mirror.tokens[len(row.tokens) :]
-                self._paces[row.row].made(len(row.draft))
 
     def proposals(self, row: Sequence) -> Tensor | None:
         """The distributions `[draft, vocab]` that a row's draft was drawn from."""
         if self._distributions is None or row.row not in self._distributions:
             return None
-        return torch.stack(self._distributions[row.row])
+        return torch.stack(self._distributions[row.row][: len(row.draft)])
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """Take one step's tokens of the draft model; see `Sink`."""
@@ -100,23 +116,25 @@ class ModelDrafter:
             if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
                 row.finish = "stop"
                 continue
-            row.tokens.append(token)
+            drafted = self._drafted[row.row]
+            drafted.append(token)
+            row.tokens.append(self._words.take(row.row, token))
             if self._distributions is not None:
                 self._distributions[row.row].append(distributions[i])
-            full = len(row.tokens) >= self._limits[row.row]
+            full = len(drafted) >= self._limits[row.row]
             if full or token in self._rules.eos or (sure is not None and not sure[i]):
                 row.finish = "stop"
 
-    def _follow(self, mirror: Sequence, row: Sequence) -> None:
-        """Make a mirror's tokens the row's, keeping what is stored as far as they agree; the last is fed again."""
-        limit = min(mirror.computed, len(mirror.tokens), len(row.tokens) - 1)
+    def _follow(self, mirror: Sequence, known: list[int]) -> None:
+        """Make a mirror's tokens `known`, keeping what is stored as far as they agree; the last is fed again."""
+        limit = min(mirror.computed, len(mirror.tokens), len(known) - 1)
         same = limit
-        if mirror.tokens[:limit] != row.tokens[:limit]:
-            same = next(i for i in range(limit) if mirror.tokens[i] != row.tokens[i])
-        limit = self._recompute_past or len(row.tokens)
-        if same <= limit < len(row.tokens):
+        if mirror.tokens[:limit] != known[:limit]:
+            same = next(i for i in range(limit) if mirror.tokens[i] != known[i])
+        limit = self._recompute_past or len(known)
+        if same <= limit < len(known):
             same = 0
         if mirror.computed > same:
             self._runner.rewind(mirror, same)
-        mirror.tokens = list(row.tokens)
+        mirror.tokens = known
         mirror.finish = None

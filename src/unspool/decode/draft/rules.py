@@ -49,18 +49,18 @@ class Pace:
         self._drafted = tokens
 
 
+def draft_setting(config: GenerationConfig, assistant: GenerationConfig, name: str) -> Any:
+    """A setting of drafts: what the caller set, else what the assistant's own settings say, else the default."""
+    own = getattr(assistant, name, None)
+    by_caller = (config._sources or {}).get(name) in ("call", "object")
+    return own if own is not None and not by_caller else getattr(config, name)
+
+
 def draft_rules(config: GenerationConfig, assistant: GenerationConfig, eos: frozenset[int]) -> DraftRules:
-    """How much to draft: what the caller set, else what the assistant's own settings say, else the defaults."""
-
-    sources = config._sources or {}
-
-    def pick(name: str) -> Any:
-        own = getattr(assistant, name, None)
-        return own if own is not None and sources.get(name) not in ("call", "object") else getattr(config, name)
-
+    """How much to draft; see `draft_setting`."""
     return DraftRules(
-        tokens=int(pick("num_assistant_tokens")),
-        schedule=str(pick("num_assistant_tokens_schedule")),
-        confidence=float(pick("assistant_confidence_threshold") or 0.0),
+        tokens=int(draft_setting(config, assistant, "num_assistant_tokens")),
+        schedule=str(draft_setting(config, assistant, "num_assistant_tokens_schedule")),
+        confidence=float(draft_setting(config, assistant, "assistant_confidence_threshold") or 0.0),
         eos=eos,
     )
