@@ -268,3 +268,18 @@ def test_mistakes_are_named() -> None:
     past = unspool.StaticCache({"num_hidden_layers": 1}, 4)
     with pytest.raises(ValueError, match="max_cache_len=4"):
         past.update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-window"])
+def test_reordering_after_a_common_part(name: str) -> None:
+    """Rows that share their first columns need only the rest reordered."""
+    model = make_model(name)
+    ids = tokens()
+    ids[1, :8] = ids[0, :8]
+    plain, ours = unspool.DynamicCache(config=model.config), unspool.DynamicCache(config=model.config)
+    for past in (plain, ours):
+        feed(model, past, ids[:, :11], [8, 1, 2])
+    place = torch.tensor([1, 1])
+    plain.reorder_cache(place)
+    ours.reorder_after(place, 8)
+    torch.testing.assert_close(feed(model, ours, ids[:, 11:], [1, 3]), feed(model, plain, ids[:, 11:], [1, 3]))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unspool.cache import (
+    Cache,
     DynamicCache,
     EncoderDecoderCache,
     OffloadedCache,
@@ -371,8 +372,13 @@ class Foreign:
             return "its rows can only advance in step; decode one row at a time"
         return "its window counts columns, where rows come to have holes; decode one row at a time" if windows else None
 
-    def reorder(self, past: Any, index: Tensor) -> Any:
+    def reorder(self, past: Any, index: Tensor, alike: int | None = None) -> Any:
         """A past with its rows at places `index` `[rows]`.
+
+        Args:
+            past: the module's.
+            index: a place for each row.
+            alike: columns in which each row agrees with the one at its place, where that is known.
 
         Raises:
             Unsupported: the module's kind of past cannot be reordered.
@@ -380,6 +386,9 @@ class Foreign:
         hook = self.hook("_reorder_cache")
         if hook is not None:
             return hook(past, index)
+        if alike is not None and isinstance(past, Cache):
+            past.reorder_after(index, alike)
+            return past
         if hasattr(past, "reorder_cache"):
             past.reorder_cache(index)
             return past

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unspool.bridge.module import CACHE_NAMES, Foreign
+from unspool.cache import Cache
 from unspool.decode.runner import Output
 from unspool.decode.sequence import Sequence, Work
 from unspool.errors import Unsupported
@@ -43,7 +44,7 @@ class RowsRunner:
 
     Args:
         foreign: the module.
-        rows: all rows of the call, with their prompts.
+        rows: all rows of the call, with their prompts; each `copies` of them, side by side, share one.
         ids: `[rows, columns]` prompts, padding included.
         inputs: what the module takes besides; carried from step to step.
         filler: stands in the columns of rows that ended.
@@ -55,6 +56,7 @@ class RowsRunner:
         self,
         foreign: Foreign,
         rows: list[Sequence],
+        copies: int,
         ids: Tensor,
         inputs: dict[str, Any],
         filler: int,
@@ -66,9 +68,15 @@ class RowsRunner:
         self.logits: Tensor | None = None
         self._ids = ids
         self._rows = rows
+        self._copies = copies
         self._lengths = [len(row.tokens) for row in rows]
         self._prompt = ids.shape[1]
         self._fed = 0  # columns of the prompt that went in
+        # columns that rows of one prompt have in common; a past of the caller's may differ from row to row
+        embeds, own = inputs.get("inputs_embeds"), inputs.get(foreign.cache_name)
+        fresh = own is None or not hasattr(own, "get_seq_length") or _is_empty(own)
+        prompt = self._prompt if embeds is None or foreign.encoder_decoder else max(self._prompt, embeds.shape[1])
+        self._alike = prompt if fresh else None
         self._steps = 0  # columns of new tokens that went in
         self._begun = False
         self._filler = filler
@@ -173,7 +181,8 @@ class RowsRunner:
         self._ids = self._ids[index]
         name = next((name for name in CACHE_NAMES if self.inputs.get(name) is not None), None)
         if name is not None:
-            self.inputs[name] = self.foreign.reorder(self.inputs[name], index)
+            alike = self._alike if all(i // self._copies == j // self._copies for i, j in enumerate(places)) else None
+            self.inputs[name] = self.foreign.reorder(self.inputs[name], index, alike)
 
     def rewind(self, row: Sequence, tokens: int) -> None:
         """See `Runner`: `DraftRows` can."""
@@ -186,3 +195,8 @@ class RowsRunner:
     def past(self) -> Any:
         """The module's past, to be handed back."""
         return next((self.inputs[name] for name in CACHE_NAMES if self.inputs.get(name) is not None), None)
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether a cache of ours holds nothing yet; of others nobody needs to know."""
+    return isinstance(cache, Cache) and cache.batch_size < 0

@@ -72,6 +72,13 @@ class EncoderDecoderCache(Cache):
         """See `Cache`."""
         self._each("reorder_cache", beam_idx)
 
+    def reorder_after(self, beam_idx: Tensor, column: int) -> None:
+        """See `Cache`; such rows read the same output of the encoder."""
+        if isinstance(self.self_attention_cache, Cache):
+            self.self_attention_cache.reorder_after(beam_idx, column)
+        else:
+            self.reorder_cache(beam_idx)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """See `Cache`."""
         self._each("batch_repeat_interleave", repeats)

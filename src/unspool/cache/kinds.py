@@ -207,6 +207,11 @@ class Cache:
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
 
+    def reorder_after(self, beam_idx: Tensor, column: int) -> None:
+        """`reorder_cache`, of rows that agree with those they become in all columns before `column`: copies less."""
+        for layer in self.layers:
+            layer.select_after(beam_idx, column)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies side by side."""
         for layer in self.layers:

@@ -86,6 +86,10 @@ class Layer:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
 
+    def select_after(self, rows: Tensor, column: int) -> None:
+        """`select`, of rows that agree with those they become in all columns before `column`."""
+        self.select(rows)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """`select`, as beam search calls it."""
         self.select(beam_idx)
@@ -178,6 +182,19 @@ class DynamicLayer(Layer):
         self.keys = keys.append(self.keys, key_states)
         self.values = values.append(self.values, value_states)
         return self.keys, self.values
+
+    def select_after(self, rows: Tensor, column: int) -> None:
+        """See `Layer`: only what may differ is copied, in place."""
+        if self.keys is None or self.values is None:
+            return
+        fixed = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        if fixed or self.keys.requires_grad or len(rows) != self.keys.shape[0]:
+            self.select(rows)
+            return
+        first = max(0, column - (self.get_seq_length() - self.keys.shape[-2]))
+        for stored in (self.keys, self.values):
+            part = stored[..., first:, :]
+            part.copy_(part.index_select(0, rows.to(part.device)))
 
     def crop(self, length: int) -> None:
         """See `Layer`; more than is stored is kept as it is."""

@@ -64,6 +64,10 @@ class RecurrentLayer:
                 if state is not None:
                     states[number] = state.index_select(0, rows.to(state.device))
 
+    def select_after(self, rows: Tensor, column: int) -> None:
+        """See `Layer.select_after`; a state has all columns in it."""
+        self.select(rows)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """`select`, as beam search calls it."""
         self.select(beam_idx)

@@ -212,7 +212,9 @@ class RowsBackend:
         pad, eos = self._config.pad_token_id, end_tokens(self._config)
         filler = int(pad) if pad is not None else eos[0] if eos else 0
         kind = DraftRows if drafts else RowsRunner
-        self._runner = kind(self.foreign, rows, self._ids, self._inputs, filler, self._mask_length, self._record)
+        self._runner = kind(
+            self.foreign, rows, copies, self._ids, self._inputs, filler, self._mask_length, self._record
+        )
         return self._runner
 
     def kwargs(self, rows: list[Sequence], new: int) -> dict[str, Any]:
