@@ -48,6 +48,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "GenerateDecoderOnlyOutput",
         "GenerateEncoderDecoderOutput",
     ),
+    "unspool.inspection": ("Inspection", "inspect"),
     "unspool.interop.auto": (
         "AutoModelForImageTextToText",
         "AutoModelForSeq2SeqLM",
@@ -227,6 +228,7 @@ if TYPE_CHECKING:
         AutoTokenizer as AutoTokenizer,
         load as load,
     )
+    from unspool.inspection import Inspection as Inspection, inspect as inspect
     from unspool.interop import disable as disable, enable as enable, enabled as enabled, wrap as wrap
     from unspool.interop.auto import (
         AutoModelForImageTextToText as AutoModelForImageTextToText,

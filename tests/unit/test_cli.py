@@ -56,7 +56,7 @@ def test_version() -> None:
     assert (result.returncode, result.stdout) == (0, f"unspool {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["inspect"], ["info"]])
 def test_help_fits_a_terminal(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "decode": {"config", "models.base", "cache", "attention", "logits", "stopping"},
     "generate": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode", "bridge"},
     "continuous": {"config", "models.base", "cache", "attention", "logits", "stopping", "streaming", "decode"},
+    "inspection": {"generate.outputs"},
     "interop": {"*"},
     "hub": {"*"},
     "server": {"*"},
@@ -54,10 +55,10 @@ THIRD_PARTY: dict[str, set[str]] = {
     "typing_extensions": {"*"},
     "safetensors": {"weights", "bridge", "logits"},  # logits: detectors of watermarks
     "tokenizers": {"tokenization"},
-    "jinja2": {"tokenization"},
+    "jinja2": {"tokenization", "inspection"},
     "huggingface_hub": {"hub", "config", "tokenization", "generate"},
     "packaging": {"generate"},  # comes with huggingface_hub
-    "rich": {"cli", "continuous", "weights"},
+    "rich": {"cli", "continuous", "inspection", "weights"},
     "typer": {"cli"},
     "transformers": {"bridge", "interop"},
     "peft": {"bridge"},

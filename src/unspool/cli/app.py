@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,11 @@ def _flag(*names: str, help: str, **more: Any) -> Any:
 def _structure(metavar: str, help: str) -> Any:
     """An option that says what the text must be."""
     return typer.Option(metavar=metavar, help=help, show_default=False, rich_help_panel="Structure")
+
+
+def _mode(metavar: str, help: str) -> Any:
+    """An option that says how tokens are found."""
+    return typer.Option(metavar=metavar, help=help, show_default=False, rich_help_panel="Mode")
 
 
 def _version(asked: bool) -> None:
@@ -103,6 +109,37 @@ def chat(
 
     chosen, settings = split(model, options)
     return partial(run, chosen, settings, system, quiet)
+
+
+@app.command()
+@with_shared_options
+def inspect(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="How the text begins; - or nothing reads stdin.")
+    ] = None,
+    model: Model = "storyteller",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.", show_default=False)] = None,
+    every: Annotated[bool, _flag("--all", help="List every token, not the least likely ones only.")] = False,
+    top: Annotated[int, typer.Option(metavar="N", help="Alternatives of each token.")] = 5,
+    num_beams: Annotated[int | None, _mode("N", "Beam search with N beams; greedy unless --sample.")] = None,
+    assistant: Annotated[str | None, _mode("PATH_OR_ID", "Draft with this smaller model.")] = None,
+    chat: Annotated[bool, _flag("--chat", help="Ask it as a question, by the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, with --chat.")] = None,
+    json_schema: Annotated[str | None, _structure("FILE_OR_JSON", "Write JSON that this schema describes.")] = None,
+    regex: Annotated[str | None, _structure("PATTERN", "Write text that matches this regular expression.")] = None,
+    grammar: Annotated[str | None, _structure("FILE", "Write text of this Lark grammar.")] = None,
+    **options: Any,
+) -> Work:
+    """Show how a text came about: how sure each token was, what else was likely, how beams and drafts went.
+
+    It writes 100 tokens unless --max-new-tokens says otherwise.
+    """
+    from unspool.cli.inspect import Request, run
+
+    chosen, settings = split(model, {**options, "num_beams": num_beams, **structure(json_schema, regex, grammar)})
+    if num_beams is not None:
+        settings.setdefault("do_sample", False)
+    return partial(run, Request(prompt, chosen, settings, chat, system, assistant, html, every, top))
 
 
 @app.command()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unspool.generate.outputs import GenerateOutput
     from unspool.tokenization import BatchEncoding, Tokenizer
 
-__all__ = ["Request", "run"]
+__all__ = ["Request", "encode", "read_prompt", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ def run(request: Request) -> None:
     """Generate and print."""
     if request.system is not None and not request.chat:
         raise UsageError("--system needs --chat")
-    prompt = _read_prompt(request.prompt)
+    prompt = read_prompt(request.prompt)
     model, tokenizer = load_model(request.model)
-    inputs = _encode(tokenizer, prompt, request)
+    inputs = encode(tokenizer, prompt, request.chat, request.system)
     prompt_ids: list[int] = inputs["input_ids"][0].tolist()
     settings = room(model, len(prompt_ids), request.settings)
     several = rows_of(model, settings) > 1
@@ -62,7 +62,7 @@ def run(request: Request) -> None:
         clock.say(sum(text.tokens for text in texts), "; stopped at the limit of tokens" if full else "")
 
 
-def _read_prompt(argument: str | None) -> str:
+def read_prompt(argument: str | None) -> str:
     """The argument, or all of stdin less its last line break."""
     if argument is not None and argument != "-":
         return argument
@@ -71,10 +71,15 @@ def _read_prompt(argument: str | None) -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, request: Request) -> BatchEncoding:
-    if not request.chat:
+def encode(tokenizer: Tokenizer, prompt: str, chat: bool, system_message: str | None) -> BatchEncoding:
+    """The prompt as it is, or as a question by the model's chat template.
+
+    Raises:
+        UsageError: a system message without `chat`, or a model without template.
+    """
+    if not chat:
         return tokenizer(prompt, return_tensors="pt")
-    system = [] if request.system is None else [{"role": "system", "content": request.system}]
+    system = [] if system_message is None else [{"role": "system", "content": system_message}]
     return encode_chat(tokenizer, [*system, {"role": "user", "content": prompt}])
 
 

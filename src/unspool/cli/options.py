@@ -132,7 +132,7 @@ def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
     if settings.get("do_sample") is False and (named := [name for name in sampling if name != "seed"]):
         flag = f"--{named[0].replace('_', '-')}"
         raise UsageError(f"greedy decoding and {flag} contradict each other; leave one out")
-    if sampling or settings.get("num_return_sequences", 1) > 1:
+    if sampling or settings.get("num_return_sequences", 1) > settings.get("num_beams", 1):
         settings.setdefault("do_sample", True)
     _check(settings)
     return settings

@@ -12,7 +12,7 @@ from unspool.decode.choose.beam_rules import Beams, beam_chooser
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.generate.call import Call, Setup
-from unspool.generate.outputs import GenerateBeamDecoderOnlyOutput
+from unspool.generate.outputs import BeamStep, GenerateBeamDecoderOnlyOutput
 from unspool.generate.recorder import Kept, Tracer, refuse_nothing
 from unspool.generate.stream import Stream
 from unspool.stopping import Limits
@@ -130,4 +130,11 @@ def beam_output(
         finish_reasons=reasons,
         top_logprobs=tops,
         token_logprobs=chances,
+        beam_steps=None
+        if kept.beams is None
+        else [_step(*made) for made in kept.beams[: full - 1]],  # none runs on from the last
     )
+
+
+def _step(rows: list[int], parents: Tensor, tokens: Tensor) -> BeamStep:
+    return BeamStep(rows, [rows[place] for place in parents.tolist()], tokens.tolist())

@@ -154,6 +154,7 @@ class Call:
             scores=[] if self.detailed and config.output_scores else None,
             logits=[] if self.detailed and config.output_logits else None,
             tops=Tops(number, len(self.prompts.tokens)) if self.detailed and number else None,
+            beams=[] if self.detailed else None,
         )
         heads, hidden = bool(config.output_attentions), bool(config.output_hidden_states)
         wanted = self.detailed and (heads or hidden) and self.backend.abilities.traces

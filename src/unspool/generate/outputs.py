@@ -62,6 +62,18 @@ class Draft(NamedTuple):
     accepted: int
 
 
+class BeamStep(NamedTuple):
+    """One step of a beam search: the beam rows that run on, the beam row that each continues, and with which token.
+
+    Continuations that ended with this step are not among them, unless there was nothing else to run on with; the last
+    step that `max_length` leaves has no entry, since all end there.
+    """
+
+    rows: list[int]
+    parents: list[int]
+    tokens: list[int]
+
+
 @dataclass(eq=False, repr=False)
 class GenerateDecoderOnlyOutput(ModelOutput):
     """Result of greedy decoding or sampling with a decoder-only model.
@@ -115,6 +127,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
             modules their cache, as transformers gives it.
         finish_reasons: per sequence, `"stop"` or `"length"`.
         top_logprobs, token_logprobs: as in `GenerateDecoderOnlyOutput`, a row for each sequence.
+        beam_steps: how the beams went, step by step.
     """
 
     sequences: Tensor
@@ -128,6 +141,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     finish_reasons: list[str] | None = None
     top_logprobs: TopLogprobs | None = None
     token_logprobs: Tensor | None = None
+    beam_steps: list[BeamStep] | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -168,7 +182,7 @@ class GenerateBeamEncoderDecoderOutput(ModelOutput):
         encoder_attentions, encoder_hidden_states, decoder_attentions, cross_attentions, decoder_hidden_states,
             past_key_values: as in `GenerateEncoderDecoderOutput`, for the beam rows.
         finish_reasons: per sequence, `"stop"` or `"length"`.
-        top_logprobs, token_logprobs: as in `GenerateBeamDecoderOnlyOutput`.
+        top_logprobs, token_logprobs, beam_steps: as in `GenerateBeamDecoderOnlyOutput`.
     """
 
     sequences: Tensor
@@ -185,6 +199,7 @@ class GenerateBeamEncoderDecoderOutput(ModelOutput):
     finish_reasons: list[str] | None = None
     top_logprobs: TopLogprobs | None = None
     token_logprobs: Tensor | None = None
+    beam_steps: list[BeamStep] | None = None
 
 
 GenerateOutput = (

@@ -19,11 +19,15 @@ from unspool.stopping import Limits
 
 @dataclass(slots=True)
 class Kept:
-    """Per step, what `return_dict_in_generate` asked for; `None` where it was not."""
+    """Per step, what `return_dict_in_generate` asked for; `None` where it was not.
+
+    `beams` has the numbers of the rows, the places that they continue (see `Choice.parents`), and their tokens.
+    """
 
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
     tops: Tops | None = None
+    beams: list[tuple[list[int], Tensor, Tensor]] | None = None
 
     @property
     def needs_scores(self) -> bool:
@@ -42,6 +46,9 @@ class Kept:
             self.scores.append(choice.scores)
         if self.logits is not None and choice.logits is not None:
             self.logits.append(choice.logits)
+        if self.beams is not None and choice.parents is not None:
+            number = len(rows)  # with guidance the choice has another half
+            self.beams.append(([row.row for row in rows], choice.parents[:number], choice.tokens[:number]))
 
 
 def refuse_nothing(row: Sequence, find_fault: Callable[[Sequence], str]) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,13 +29,8 @@ class GuidedChooser:
         half = len(rows) // 2
         self._guidance.unconditional = logits[half:]
         choice = self._inner.choose(logits[:half], rows[:half])
-        return Choice(
-            torch.cat([choice.tokens, choice.tokens]),
-            choice.scores,
-            choice.logits,
-            None if choice.parents is None else torch.cat([choice.parents, choice.parents + half]),
-            choice.ended,
-        )
+        parents = None if choice.parents is None else torch.cat([choice.parents, choice.parents + half])
+        return replace(choice, tokens=torch.cat([choice.tokens, choice.tokens]), parents=parents)
 
 
 class GuidedSink:
