@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -399,3 +400,87 @@ def test_chat_commands(tiny_llama_dir: Path) -> None:
         at = screen.wait_for("tokens/s", at)
         screen.type("exit\n")
         assert process.wait(60) == 0
+
+
+# Files of prompts
+
+
+def lines_of(path: Path) -> dict[int, dict[str, object]]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["line"] for line in found}) == len(found), "no line twice"
+    return {line["line"]: line for line in found}
+
+
+def test_a_file_of_prompts(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": "Once upon a time", "id": "first"}\n'
+        '{"prompt": "The fox", "max_new_tokens": 3}\n'
+        "no json\n"
+        '{"prompt": "The owl", "temprature": 2}\n'
+        '{"max_new_tokens": 3}\n'
+        '{"prompt": "A river", "do_sample": true, "seed": 1, "num_return_sequences": 2}\n'
+        '{"messages": [{"role": "user", "content": "Hello"}]}'
+    )
+    command = ["generate", "-m", tiny_llama_dir, "--input", source, "--output", target, "--max-new-tokens", "5"]
+    result = unspool(*command)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert [line for line in result.stderr.splitlines() if "line 3:" in line or "line 4:" in line or "line 5:" in line]
+    assert "7 lines written, 3 of them with an error" in result.stderr
+    lines = lines_of(target)
+    assert sorted(lines) == list(range(1, 8))
+    alone = json.loads(
+        unspool("generate", "-m", tiny_llama_dir, "--max-new-tokens", "5", "--json", "Once upon a time").stdout
+    )
+    assert lines[1]["id"] == "first"
+    assert lines[1]["text"] == alone["outputs"][0]["text"]
+    assert lines[2]["tokens"] == 3
+    assert [lines[i]["finish_reason"] for i in (3, 4, 5)] == ["rejected"] * 3
+    assert "temprature" in str(lines[4]["error"])
+    assert len(lines[6]["outputs"]) == 2  # type: ignore[arg-type]
+
+    whole = target.read_bytes()
+    again = unspool(*command)
+    assert (again.returncode, target.read_bytes()) == (0, whole)
+    target.write_bytes(whole[: whole.index(b"\n") + 20])  # as a kill may leave it
+    assert unspool(*command).returncode == 0
+    assert lines_of(target) == lines
+
+
+def test_a_file_of_prompts_after_a_kill(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"prompt": "The fox {i}", "max_new_tokens": {1 + i * 3}}}\n' for i in range(60)))
+    command = [*COMMAND, "generate", "-m", str(tiny_llama_dir), "--input", str(source), "--output", str(target)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        while not target.exists() or target.stat().st_size < 200:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    before = target.read_bytes()
+    result = unspool(*command[len(COMMAND) :])
+    assert result.returncode == 0, result.stderr
+    assert target.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert sorted(lines_of(target)) == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--input", "x"], "go together"),
+        (["--output", "x"], "go together"),
+        (["--input", "x", "--output", "y", "Once"], "go together"),
+        (["--input", "nowhere.jsonl", "--output", "y"], "no such file"),
+        (["--input", "pyproject.toml", "--output", "pyproject.toml"], "is the input"),
+        (["--input", "pyproject.toml", "--output", "README.md"], "not of this command"),
+    ],
+)
+def test_mistakes_about_files(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pyproject.toml", "README.md"):
+        (tmp_path / name).write_text("text\n")
+    monkeypatch.chdir(tmp_path)
+    code = run(["generate", *arguments])
+    assert says in one_error(code, 2, *capsys.readouterr())
+    assert (tmp_path / "README.md").read_text() == "text\n"

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from unspool.cli.options import split, structure, with_shared_options
+from unspool.cli.run import UsageError
 
 __all__ = ["app"]
 
@@ -80,16 +81,30 @@ def generate(
     no_echo: Annotated[bool, _flag("--no-echo", help="Print only what follows the prompt.")] = False,
     no_stream: Annotated[bool, _flag("--no-stream", help="Print the text at the end, at once.")] = False,
     as_json: Annotated[bool, _flag("--json", help="Print one JSON object instead of text.")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Prompts, a JSON object a line.", show_default=False)
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Where they go on, with --input.", show_default=False),
+    ] = None,
     quiet: Annotated[bool, _flag("--quiet", "-q", help="No closing line on stderr.")] = False,
     **options: Any,
 ) -> Work:
-    """Continue a text.
+    """Continue a text, or with --input and --output every text of a file.
 
     The text goes to stdout as it is made. A closing line on stderr gives tokens, tokens/s, and time to first token.
+    Lines of a file look like {"prompt": "Once", "max_new_tokens": 20}; a run that was killed can be started again.
     """
     from unspool.cli.generate import Request, run
 
     chosen, settings = split(model, {**options, **structure(json_schema, regex, grammar)})
+    if source is not None or target is not None:
+        from unspool.cli.batch import BatchFiles, run as run_batch
+
+        if source is None or target is None or prompt is not None:
+            raise UsageError("--input and --output go together, and without a PROMPT")
+        return partial(run_batch, BatchFiles(source, target), chosen, settings, chat, quiet)
     return partial(run, Request(prompt, chosen, settings, chat, system, not no_echo, not no_stream, as_json, quiet))
 
 
