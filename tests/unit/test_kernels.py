@@ -211,3 +211,9 @@ def test_installs_without_a_compiler(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_what_is_in_use_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="unspool.kernels.native"):
+        found = native._load.__wrapped__()
+    assert caplog.messages == [found.words]
