@@ -248,6 +248,59 @@ def test_several_codebooks(steps: list[int]) -> None:
     torch.testing.assert_close(found.sequences, expected.sequences)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 2},
+        {"condition_on_prev_tokens": True, "temperature": (0.0, 0.4), "logprob_threshold": -1.0,
+         "compression_ratio_threshold": 1.35},
+    ],
+)  # fmt: skip
+def test_long_speech(how: dict[str, Any], steps: list[int]) -> None:
+    """Whisper's own generate() walks over speech longer than its window; our loop decodes the parts."""
+    from architectures import MULTIMODAL
+
+    whisper = next(one for one in MULTIMODAL if one.model_type == "whisper").make()
+    settings = whisper.generation_config
+    settings.no_timestamps_token_id, settings.prev_sot_token_id = 60, 58
+    settings.is_multilingual, settings.max_initial_timestamp_index, settings.max_length = False, 20, 30
+    generator = torch.Generator().manual_seed(0)
+    sound = {"input_features": torch.randn(2, 8, 200, generator=generator), "attention_mask": torch.ones(2, 200).long()}
+    sound["attention_mask"][1, 150:] = 0
+    torch.manual_seed(1)
+    expected = whisper.generate(**sound, return_timestamps=True, **how)
+    torch.manual_seed(1)
+    found = unspool.wrap(whisper).generate(**sound, return_timestamps=True, **how)
+    assert torch.equal(found, expected)
+    assert found.shape[1] > 30
+    assert steps
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    model = unspool.wrap(make_model("llama"))
+    other = make_model("gpt2")
+    ways: list[dict[str, Any]] = [
+        {}, {"num_beams": 3}, {"repetition_penalty": 1.4}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2},
+        {"no_repeat_ngram_size": 2}, {"cache_implementation": "static"}, {"num_beams": 2, "length_penalty": 0.3},
+    ]  # fmt: skip
+    alone = [model.generate(**prompts(), max_new_tokens=8, **way) for way in ways]
+    found: list[Any] = [None] * len(ways)
+
+    def work(number: int) -> None:
+        with unspool.interop.patch.inside():
+            other.generate(**prompts(), max_new_tokens=2)
+        found[number] = model.generate(**prompts(), max_new_tokens=8, **ways[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(ways))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    assert not any(patched())
+
+
 def test_what_is_not_ours_is_left_to_them(model: Any, steps: list[int], caplog: pytest.LogCaptureFixture) -> None:
     class Custom(Exception):
         pass
