@@ -1,4 +1,4 @@
-"""A tiny Llama whose weights are arithmetic, the same on every machine and with every version of torch."""
+"""Tiny models whose weights are arithmetic, the same on every machine and with every version of torch."""
 
 from __future__ import annotations
 
@@ -29,30 +29,75 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def weights() -> dict[str, Tensor]:
+# Deeper ones, for what looks into layers.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": CONFIG,
+    "deep": CONFIG | {"num_hidden_layers": 8},
+    "mistral": CONFIG
+    | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 6, "sliding_window": 6},
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": 61,
+        "n_embd": 32,
+        "n_layer": 6,
+        "n_head": 4,
+        "n_positions": 256,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "torch_dtype": "float32",
+    },
+}
+
+
+def weights(kind: str = "llama") -> dict[str, Tensor]:
     """Every weight by its name in a checkpoint."""
-    hidden, inner, vocab = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
+    config = CONFIGS[kind]
+    shapes = _gpt2_shapes(config) if kind == "gpt2" else _llama_shapes(config)
+    made = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        noise = _noise(shape, seed)
+        norm = len(shape) == 1 and name.endswith(".weight")
+        made[name] = 1.0 + 0.4 * noise if norm else 0.7 * noise
+    return made
+
+
+def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,)}
-    for layer in range(CONFIG["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         shapes |= {f"{at}.{name}": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
         shapes |= {f"{at}.self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
         shapes |= {f"{at}.self_attn.{name}_proj": (hidden // 2, hidden) for name in "kv"}
         shapes |= {f"{at}.mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
         shapes[f"{at}.mlp.down_proj"] = (hidden, inner)
-    made = {}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        noise = _noise(shape, seed)
-        made[f"{name}.weight"] = 1.0 + 0.4 * noise if len(shape) == 1 else 0.7 * noise
-    return made
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
-def save(folder: Path) -> None:
+def _gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    width = config["n_embd"]
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config["vocab_size"], width)}
+    shapes["wpe.weight"] = (config["n_positions"], width)
+    for layer in range(config["n_layer"]):
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"h.{layer}.{norm}.weight": (width,), f"h.{layer}.{norm}.bias": (width,)}
+        for name, inputs, outputs in (
+            ("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1)
+        ):  # fmt: skip
+            shapes[f"h.{layer}.{name}.weight"] = (inputs * width, outputs * width)
+            shapes[f"h.{layer}.{name}.bias"] = (outputs * width,)
+    shapes |= {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+    return {f"transformer.{name}": shape for name, shape in shapes.items()}
+
+
+def save(folder: Path, kind: str = "llama") -> None:
     """Write the checkpoint."""
     from safetensors.torch import save_file
 
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file(weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
+    save_file(weights(kind), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def table(vocab: int = 61) -> Tensor:
@@ -131,6 +176,11 @@ def arguments(call: dict[str, Any], library: Any) -> dict[str, Any]:
     if kwargs.pop("allow", False):
         kwargs["prefix_allowed_tokens_fn"] = _allow
     return {"do_sample": False, **kwargs}
+
+
+def sums(steps: Any) -> list[list[float]]:
+    """Of each step `[rows, vocab]`, each row's sum over what is above -1e4."""
+    return [[round(float(row[row > -1e4].sum()), 4) for row in step] for step in steps]
 
 
 def _stop(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -15,7 +15,7 @@ from unspool.bridge.module import Foreign
 from unspool.bridge.rows import RowsRunner
 from unspool.cache.layers import DynamicLayer
 from unspool.decode.runner import Output
-from unspool.decode.sequence import Sequence, Work
+from unspool.decode.sequence import Sequence, Want, Work
 from unspool.errors import Unsupported
 
 __all__ = ["DraftRows"]
@@ -45,14 +45,14 @@ class DraftRows(RowsRunner):
         mask = torch.ones_like(self._ids) if mask is None else mask
         self._columns: list[list[int]] = [row.nonzero().flatten().tolist() for row in mask]  # of each row's own tokens
 
-    def run(self, work: list[Work], watched: bool) -> Output:
+    def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`."""
         if self._fed == self._prompt and self._begun:
             new = {item.seq.row: self._tokens(item.seq, item.feed) for item in work}
             logits = self._feed_rows(new)
             return Output(torch.cat([logits[item.seq.row, -item.keep :] for item in work]), [], [])
         plain = [item._replace(feed=item.feed - len(item.seq.draft), keep=min(item.keep, 1)) for item in work]
-        first = super().run(plain, watched)
+        first = super().run(plain, want)
         drafts = {item.seq.row: list(item.seq.draft) for item in work if item.seq.draft}
         if not drafts:
             return first

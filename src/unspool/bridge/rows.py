@@ -15,7 +15,7 @@ from torch import Tensor
 from unspool.bridge.module import CACHE_NAMES, Foreign
 from unspool.cache import Cache
 from unspool.decode.runner import Output
-from unspool.decode.sequence import Sequence, Work
+from unspool.decode.sequence import Sequence, Want, Work
 from unspool.errors import Unsupported
 
 __all__ = ["Record", "RowsRunner"]
@@ -83,7 +83,7 @@ class RowsRunner:
         self._mask_length = mask_length
         self._record = record
 
-    def run(self, work: list[Work], watched: bool) -> Output:
+    def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`."""
         if self._fed < self._prompt or not self._begun:
             left = max(item.seq.known - item.seq.computed - item.feed for item in work)

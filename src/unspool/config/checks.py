@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from unspool.config.notice import warn_once
 from unspool.config.ranges import Check, check_number
 from unspool.config.structured import check_structured
 
@@ -205,6 +206,41 @@ def check_complete(settings: GenerationFields, caller: Collection[str]) -> None:
         ):
             if wrong:
                 raise ValueError(f"constraints and force_words_ids need {name} to be {wanted}")
+    _check_contrasts(settings, caller)
+
+
+def _check_contrasts(settings: GenerationFields, caller: Collection[str]) -> None:
+    """Contrastive search and DoLa, where the caller asks for them, do not go with other strategies."""
+    alpha, layers = settings.penalty_alpha, settings.dola_layers
+    others: dict[str, bool] = {
+        "num_beams": (settings.num_beams or 1) > 1,
+        "constraints": settings.constraints is not None,
+        "force_words_ids": settings.force_words_ids is not None,
+        "prompt_lookup_num_tokens": settings.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit": settings.assistant_early_exit is not None,
+        "use_mtp": bool(settings.use_mtp),
+    }
+    if alpha and "penalty_alpha" in caller:
+        for name, wrong in (*others.items(), ("do_sample", bool(settings.do_sample)), ("dola_layers", bool(layers))):
+            if wrong:
+                raise ValueError(
+                    f"penalty_alpha={alpha} (contrastive search) does not go with {name}={getattr(settings, name)!r}; "
+                    "leave one of them out"
+                )
+        if (settings.top_k or 0) < 2:
+            raise ValueError(
+                f"penalty_alpha={alpha} (contrastive search) chooses among top_k candidates and top_k is "
+                f"{settings.top_k}; it must be at least 2"
+            )
+    if layers is not None and "dola_layers" in caller:
+        contrastive = bool(alpha) and (settings.top_k or 0) > 1 and not settings.do_sample
+        for name, wrong in (*others.items(), ("penalty_alpha", contrastive)):
+            if wrong:
+                raise ValueError(
+                    f"dola_layers={layers!r} does not go with {name}={getattr(settings, name)!r}; leave one of them out"
+                )
+        if settings.repetition_penalty is None or settings.repetition_penalty < 1.2:
+            warn_once("dola_layers tends to repeat; a repetition_penalty of at least 1.2 is advised")
 
 
 def idle_settings(settings: GenerationFields, caller: Collection[str] | None, *, strict: bool) -> dict[str, str]:
@@ -289,6 +325,10 @@ def _check_types(settings: GenerationFields) -> None:
         raise TypeError(f"stop_strings must be a str or a list of them, not {stops!r}")
     if texts is not None and "" in texts:
         raise ValueError("stop_strings must not contain an empty text, which would stop at once")
+    layers = settings.dola_layers
+    some = isinstance(layers, list | tuple) and layers and all(type(one) is int and one >= 0 for one in layers)
+    if layers is not None and layers not in ("low", "high") and not some:
+        raise ValueError(f'dola_layers must be "low", "high" or a list of layer numbers from 0 on, not {layers!r}')
     schedule = settings.num_assistant_tokens_schedule
     if schedule is not None and schedule not in _SCHEDULES:
         raise ValueError(f"num_assistant_tokens_schedule must be one of {_SCHEDULES}, not {schedule!r}")

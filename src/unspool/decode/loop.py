@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unspool.decode.plan import Scheduler
 from unspool.decode.runner import Output, Runner
-from unspool.decode.sequence import Choice, Group, Sequence, Work
+from unspool.decode.sequence import Choice, Group, Sequence, Want, Work
 
 Failed = Callable[[Group, Exception], None]
 """Told of a group whose chooser, sink or watch raised; the other groups go on."""
@@ -80,7 +80,11 @@ class Loop:
         return bool(work)
 
     def _launch(self, work: list[Work]) -> list[Flight]:
-        output = self.runner.run(work, any(item.group.watch is not None for item in work))
+        want = Want()
+        for item in work:
+            if item.group.watch is not None:
+                want |= item.group.watch.want
+        output = self.runner.run(work, want)
         for item in work:
             item.seq.computed += item.feed
         flights: list[Flight] = []

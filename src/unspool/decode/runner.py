@@ -12,8 +12,8 @@ from torch import Tensor
 from unspool.attention.registry import reads_any_order
 from unspool.cache.paged import PagedStore
 from unspool.decode.batch import build_batch
-from unspool.decode.sequence import Sequence, Work
-from unspool.models.base import Batch, ModelSpec
+from unspool.decode.sequence import Sequence, Want, Work
+from unspool.models.base import Batch, ModelSpec, Trace
 
 
 @dataclass(slots=True)
@@ -23,7 +23,8 @@ class Output:
     Attributes:
         logits: `[kept, vocab]` in the order of the work.
         weights: per layer and item of work, attention weights `[heads, queries, keys]`, if they were asked for.
-        hidden: per layer (embeddings first), `[tokens, hidden]` in the order of the work, if they were asked for.
+        hidden: per layer (embeddings first), `[tokens, hidden]` in the order of the work, if they were asked for; empty
+            tensors for layers that nobody wants.
     """
 
     logits: Tensor
@@ -37,8 +38,8 @@ class Runner(Protocol):
     The loop counts what is computed (`Sequence.computed`); a runner reads it, and sets it where it forks or rewinds.
     """
 
-    def run(self, work: list[Work], watched: bool) -> Output:
-        """Feed the work; make room for it first. With `watched`, give weights and hidden states too."""
+    def run(self, work: list[Work], want: Want) -> Output:
+        """Feed the work; make room for it first. Give what is wanted besides logits."""
         ...
 
     def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
@@ -74,6 +75,7 @@ class PagedRunner:
         rows: every row that may have blocks, when the runner makes room and may enlarge the store for them; without
             it, the scheduler has made room.
         forks: rows refer to blocks of others, rather than having places of their own in the store.
+        alike: rows that go on to refer to the same blocks, but for the one being filled.
     """
 
     def __init__(
@@ -84,30 +86,34 @@ class PagedRunner:
         rows: list[Sequence] | None = None,
         *,
         forks: bool = False,
+        alike: int = 1,
     ) -> None:
         self.model = model
         self.store = store
         self.device = device
         self._rows = rows
         self._forks = forks
+        self._alike = alike
 
-    def run(self, work: list[Work], watched: bool) -> Output:
+    def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`."""
         if self._rows is not None:
             for item in work:
                 self._make_room(item.seq, item.feed, self._rows)
         order = list(range(len(work)))
-        if not watched and not self._forks and not reads_any_order(self.store):
+        weights: list[list[Tensor]] | None = [] if want.weights else None
+        hidden = Trace(want.layers) if want.layers is None or want.layers else None
+        if weights is None and hidden is None and not self._forks and not reads_any_order(self.store):
             order.sort(key=lambda i: work[i].seq.blocks[0][0])  # so that attention finds neighbours side by side
-        weights: list[list[Tensor]] | None = [] if watched else None
-        hidden: list[Tensor] | None = [] if watched else None
         batch = build_batch(work, order, self.store, self.model.spec, self.device, weights, hidden)
         return Output(self.model.step(batch), weights or [], hidden or [])
 
     def _make_room(self, row: Sequence, feed: int, rows: list[Sequence]) -> None:
         if self.store.extend(row, feed):
             return
-        self.store.enlarge([other for other in rows if other.blocks], 2 * (row.computed + feed))
+        tokens = row.computed + feed
+        # twice as much, which the blocks of one row are for all that are alike
+        self.store.enlarge([other for other in rows if other.blocks], tokens + tokens // self._alike)
         made = self.store.extend(row, feed)
         assert made, "enlarge makes room for every row"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -108,8 +108,42 @@ class Drafter(Protocol):
         ...
 
 
-Watch = Callable[[list[Work], list[list[Tensor]], list[Tensor]], None]
-"""`(work, weights per layer and row, hidden states per layer)` of one step, before its tokens are chosen."""
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a step is to give besides logits.
+
+    Attributes:
+        weights: attention weights of every layer.
+        layers: whose hidden states: 0 is what enters the first layer, and the number of layers what leaves the final
+            norm; `None` for all of them.
+    """
+
+    weights: bool = False
+    layers: frozenset[int] | None = frozenset()
+
+    def __or__(self, other: Want) -> Want:
+        """What either wants."""
+        every = self.layers is None or other.layers is None
+        return Want(self.weights or other.weights, None if every else (self.layers or _NONE) | (other.layers or _NONE))
+
+
+_NONE: frozenset[int] = frozenset()
+
+
+class Watch(Protocol):
+    """Sees what a step gives besides logits, before its tokens are chosen."""
+
+    @property
+    def want(self) -> Want:
+        """What it looks at."""
+        ...
+
+    def __call__(self, work: list[Work], weights: list[list[Tensor]], hidden: list[Tensor]) -> None:
+        """Take attention weights by layer and item of work, and hidden states `[tokens, hidden]` by layer.
+
+        A layer that is not wanted is an empty tensor, unless somebody else wants it.
+        """
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +157,7 @@ class Group:
         twins: for each row, the row whose prompt it shares (itself where it shares none), when only the latter are fed
             in the prompt's steps; the others then get its keys, values and logits. Owner: the loop, which clears it.
         drafter: guesses tokens before each decode step, or `None`.
-        watch: sees attention weights and hidden states of every step, or `None`.
+        watch: sees attention weights or hidden states of every step, or `None`.
         last: `[rows]` the newest chosen token of each row on the device, what a decode step feeds. Owner: the loop.
     """
 

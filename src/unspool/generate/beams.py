@@ -31,7 +31,7 @@ def set_up_beams(call: Call) -> Setup:
             return beam_output(chooser, prompts, number, call.limits, call.kept, call.tracer)
         return beam_sequences(chooser, prompts, number)
 
-    return Setup(group, result, forks=True, in_step=True, keep_finished=call.every_row)
+    return Setup(group, result, forks=True, in_step=True, keep_finished=call.every_row, gives_past=False)
 
 
 def _chooser(call: Call) -> Beams:

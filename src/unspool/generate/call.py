@@ -40,6 +40,21 @@ class Abilities:
     prompt_budget: int | None = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class Exits:
+    """Where a decoder's hidden states can be looked at.
+
+    Attributes:
+        layers: how many layers there are; hidden states number 0 enter the first, and this many leaves the final norm.
+        tied: the head's weight is the embedding's.
+        head: logits `[n, vocab]` of hidden states `[n, hidden]` of any layer.
+    """
+
+    layers: int
+    tied: bool
+    head: Callable[[Tensor], Tensor]
+
+
 class Backend(Protocol):
     """Whatever computes, as far as a call needs to know it.
 
@@ -58,7 +73,15 @@ class Backend(Protocol):
     recompute_past: int | None
 
     def runner(
-        self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool, drafts: bool = False
+        self,
+        rows: list[Sequence],
+        copies: int,
+        new: int,
+        past: Any,
+        *,
+        forks: bool,
+        drafts: bool = False,
+        alike: bool = False,
     ) -> Runner:
         """Make room for a call's rows and give what runs them.
 
@@ -69,6 +92,7 @@ class Backend(Protocol):
             past: stored keys and values of an earlier call, or `None`; sets `computed` of the rows they serve.
             forks: rows will be made forks of each other.
             drafts: rows get several tokens in a step, and may be rewound.
+            alike: forks that share a prompt will differ in their newest token alone.
 
         Raises:
             Unsupported: what is stored cannot be taken back, and `drafts` needs that.
@@ -89,6 +113,10 @@ class Backend(Protocol):
 
     def kwargs(self, rows: list[Sequence], new: int) -> dict[str, Any]:
         """The model's inputs beside the ids, for a generation method of the caller's; `new` is most new tokens."""
+        ...
+
+    def exits(self) -> Exits:
+        """What it takes to look at hidden states of layers; raises `Unsupported` where that cannot be."""
         ...
 
     def first_layers(self, layers: int) -> Backend:
@@ -182,11 +210,15 @@ class Call:
         pairs = zip(self.prompts.tokens, embeds, strict=True)
         return [Sequence(number, list(tokens), embeds=own) for number, (tokens, own) in enumerate(pairs)]
 
-    def twins(self, rows: list[Sequence]) -> list[Sequence] | None:
-        """For each row the first that shares its prompt; `None` where each is computed by itself."""
-        if self.copies == 1 or not self.backend.abilities.shares_prompts:
+    def twins(self, rows: list[Sequence], candidates: int = 1) -> list[Sequence] | None:
+        """For each row the first that shares its prompt; `None` where each is computed by itself.
+
+        `rows` hold `candidates` for each of the call's.
+        """
+        copies = self.copies * candidates
+        if copies == 1 or not self.backend.abilities.shares_prompts:
             return None
-        return [rows[i - i % self.copies] for i in range(len(rows))]
+        return [rows[i - i % copies] for i in range(len(rows))]
 
     def noise(self) -> GlobalNoise | SeededNoise | None:
         """Where sampling noise comes from; `None` when nothing is drawn."""
@@ -207,6 +239,9 @@ class Setup:
         forks: rows become forks of each other.
         in_step: each step must be committed before the next is planned.
         keep_finished: rows that ended are fed until all have.
+        gives_past: the result holds the keys and values of the rows.
+        candidates: rows for each of the call's, which differ in their newest token alone.
+        ahead: steps besides one for each new token.
     """
 
     group: Group
@@ -214,3 +249,6 @@ class Setup:
     forks: bool
     in_step: bool
     keep_finished: bool
+    gives_past: bool = True
+    candidates: int = 1
+    ahead: int = 0

@@ -15,7 +15,7 @@ from unspool.bridge.rows import Record, RowsRunner
 from unspool.config import GenerationConfig
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
-from unspool.generate.call import Abilities, Backend
+from unspool.generate.call import Abilities, Backend, Exits
 from unspool.generate.inputs import Prompts, end_tokens
 from unspool.generate.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -203,7 +203,15 @@ class RowsBackend:
         self._runner: RowsRunner | None = None
 
     def runner(
-        self, rows: list[Sequence], copies: int, new: int, past: Any, *, forks: bool, drafts: bool = False
+        self,
+        rows: list[Sequence],
+        copies: int,
+        new: int,
+        past: Any,
+        *,
+        forks: bool,
+        drafts: bool = False,
+        alike: bool = False,
     ) -> RowsRunner:
         """See `Backend`: makes the module's cache."""
         embeds = self._inputs.get("inputs_embeds")
@@ -221,6 +229,10 @@ class RowsBackend:
         """The module's inputs beside the ids, with its cache: what a generation method of the caller's goes on from."""
         self.runner(rows, 1, new, None, forks=False)
         return dict(self._inputs)
+
+    def exits(self) -> Exits:
+        """See `Backend`."""
+        raise Unsupported("contrastive search (penalty_alpha) and dola_layers need a native model; leave them out")
 
     def first_layers(self, layers: int) -> RowsBackend:
         """See `Backend`."""

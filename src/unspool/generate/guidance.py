@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unspool.decode.choose.guided import GuidedChooser, GuidedSink
-from unspool.decode.sequence import Group, Sequence, Watch, Work
+from unspool.decode.sequence import Group, Sequence, Want, Watch, Work
 from unspool.errors import Unsupported
 from unspool.generate.call import Call, Setup
 from unspool.generate.inputs import Prompts
@@ -57,29 +57,36 @@ def guided(setup: Setup, call: Call, guidance: GuidanceLogitsProcessor, ids: Ten
             f"negative_prompt_ids and the output need {longest} positions and the model has {call.backend.positions}; "
             "shorten the negative prompt or lower max_new_tokens"
         )
-    others = [Sequence(len(rows) + i, own) for i, own in enumerate(tokens)]
-    twins = call.twins(rows)
+    times = setup.candidates
+    others = [Sequence(len(rows) + i * times + j, list(own)) for i, own in enumerate(tokens) for j in range(times)]
     both = Group(
         [*rows, *others],
         GuidedChooser(group.chooser, guidance),
         GuidedSink(group.sink),
-        twins=None if twins is None else [*twins, *(call.twins(others) or [])],
-        watch=None if group.watch is None else _first_half(group.watch),
+        twins=None if group.twins is None else [*group.twins, *(call.twins(others, times) or [])],
+        watch=None if group.watch is None else _FirstHalf(group.watch),
     )
     return replace(setup, group=both)
 
 
-def _first_half(watch: Watch) -> Watch:
-    """Show a watch the rows without their other halves."""
+class _FirstHalf:
+    """Shows a watch the rows without their other halves."""
 
-    def watched(work: list[Work], weights: list[list[Tensor]], hidden: list[Tensor]) -> None:
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    @property
+    def want(self) -> Want:
+        """See `Watch`."""
+        return self._watch.want
+
+    def __call__(self, work: list[Work], weights: list[list[Tensor]], hidden: list[Tensor]) -> None:
+        """See `Watch`."""
         half = [item.seq.row < len(item.group.rows) // 2 for item in work]
         fed = torch.tensor([keep for keep, item in zip(half, work, strict=True) for _ in range(item.feed)])
         kept = [item for keep, item in zip(half, work, strict=True) if keep]
-        watch(
+        self._watch(
             kept,
             [[part for keep, part in zip(half, layer, strict=True) if keep] for layer in weights],
-            [layer[fed.to(layer.device)] for layer in hidden],
+            [layer[fed.to(layer.device)] if layer.shape[0] else layer for layer in hidden],
         )
-
-    return watched

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unspool.config import GenerationConfig, Resolved, effective_lengths, resolve
+from unspool.config import GenerationConfig, GenerationMode, Resolved, effective_lengths, resolve
 from unspool.config.fields import FIELDS
+from unspool.config.mode import mode_of
 from unspool.config.resolve import as_generation_config
 from unspool.decode.choose.beam_rules import beam_filler
 from unspool.errors import Unsupported
@@ -65,6 +66,8 @@ class GenerationMixin:
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
         """Continue prompts: greedily, or by sampling with `do_sample=True`; with beams, either, where `num_beams > 1`.
+
+        Contrastive search with `penalty_alpha` and `top_k`; contrast between layers with `dola_layers`.
 
         Args:
             inputs: prompts, `[rows, columns]` token ids; also as `input_ids=`. Lists of ids of any lengths are taken
@@ -164,7 +167,8 @@ class GenerationMixin:
         """Settle everything that can be wrong before any work is done."""
         source = self._source()
         config = resolved.config
-        refuse_modes(config)
+        if given.assistant is not None:
+            _refuse_drafts(mode_of(config, assisted=False))
         eos = end_tokens(config)
         pad = config.pad_token_id
         beams = int(config.num_beams or 1)
@@ -285,19 +289,14 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
             raise Unsupported(f"generate({name}=...) is not supported in this version")
 
 
-# Settings of modes that are still to come, with the value that leaves them off.
-_MODES: dict[str, Any] = {
-    "penalty_alpha": None,
-    "dola_layers": None,
-}
-
-
-def refuse_modes(config: GenerationConfig) -> None:
-    """Raise `Unsupported` for a setting of a mode that this version does not have."""
-    for name, off in _MODES.items():
-        value = getattr(config, name, off)
-        if value not in (off, None):
-            raise Unsupported(f"{name}={value!r} is not supported in this version; leave it at {off!r}")
+def _refuse_drafts(mode: GenerationMode) -> None:
+    """Raise for a draft model beside a mode that decides with more than logits."""
+    for wrong, name in (
+        (GenerationMode.CONTRASTIVE_SEARCH, "penalty_alpha (contrastive search)"),
+        (GenerationMode.DOLA_GENERATION, "dola_layers"),
+    ):
+        if mode is wrong:
+            raise ValueError(f"assistant_model does not go with {name}; leave one of them out")
 
 
 def _read_assistant(model: Any, vocab: int | None, arguments: Arguments, prompts: Prompts) -> Assistant | None:

@@ -17,7 +17,7 @@ from unspool.decode.fault import find_fault
 from unspool.decode.runner import PagedRunner, Runner, Steps
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
-from unspool.generate.call import Abilities
+from unspool.generate.call import Abilities, Exits
 from unspool.generate.healing import heal_prompts
 from unspool.generate.inputs import end_tokens, read_embeds, read_prompts
 from unspool.generate.outputs import GenerateOutput
@@ -58,16 +58,17 @@ class NativeBackend:
         *,
         forks: bool,
         drafts: bool = False,
+        alike: bool = False,
     ) -> PagedRunner:
         """See `Backend`. Rows that fork refer to their prompt's blocks; the others each get a run of their own."""
         room = min(new, _FIRST_ROOM)
-        store = self._shared(rows, copies, room) if forks else self._separate(rows, room)
+        store = self._shared(rows, copies, room, alike) if forks else self._separate(rows, room)
         if past is not None and past.store.quantized == store.quantized:
             for i, old in enumerate(past.rows):
                 served = rows[i * copies : i * copies + (1 if forks else copies)]
                 for row in served:
                     store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
-        return PagedRunner(self._steps, store, self.device, rows, forks=forks)
+        return PagedRunner(self._steps, store, self.device, rows, forks=forks, alike=copies if alike else 1)
 
     def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues:
         """See `Backend`."""
@@ -89,6 +90,10 @@ class NativeBackend:
         mask = torch.tensor([[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows])
         return {"attention_mask": mask.to(self.device)}
 
+    def exits(self) -> Exits:
+        """See `Backend`."""
+        return Exits(self.model.spec.layers, self.model.tied, self.model.lm_head)
+
     def first_layers(self, layers: int) -> NativeBackend:
         """See `Backend`."""
         return NativeBackend(self.model, layers)
@@ -101,12 +106,12 @@ class NativeBackend:
             store.reserve(row, tokens)
         return store
 
-    def _shared(self, rows: list[Sequence], copies: int, room: int) -> PagedStore:
-        """Blocks for each prompt once, and for each row's output."""
+    def _shared(self, rows: list[Sequence], copies: int, room: int, alike: bool) -> PagedStore:
+        """Blocks for each prompt once, and for each row's output, of which `alike` rows have but the last apart."""
         blocks = 0
         for row in rows[::copies]:
-            full, prompt = len(row.tokens) // _BLOCK, len(row.tokens)
-            blocks += full + copies * (-(-(prompt + room) // _BLOCK) - full)
+            full, every = len(row.tokens) // _BLOCK, -(-(len(row.tokens) + room) // _BLOCK)
+            blocks += every + copies if alike else full + copies * (every - full)
         store = self._empty(blocks)
         for row in rows[::copies]:
             store.reserve(row, len(row.tokens))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unspool.decode.choose.sample import Rectangle
-from unspool.decode.sequence import Choice, Sequence, Work
+from unspool.decode.sequence import Choice, Sequence, Want, Work
 from unspool.errors import NonFiniteLogits
 from unspool.generate.stream import Stream
 from unspool.generate.tops import Tops
@@ -141,17 +141,18 @@ class Tracer:
     def __init__(self, rows: int, copies: int, heads: bool, hidden: bool) -> None:
         self.attentions: list[tuple[Tensor, ...]] | None = [] if heads else None
         self.hidden_states: list[tuple[Tensor, ...]] | None = [] if hidden else None
+        self.want = Want(heads, None if hidden else frozenset())
         self._rows = rows
         self._copies = copies
         self._chunks: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
 
-    def __call__(self, work: list[Work], weights: list[list[Tensor]], trace: list[Tensor]) -> None:
+    def __call__(self, work: list[Work], weights: list[list[Tensor]], hidden: list[Tensor]) -> None:
         """Take one step's attention weights (per layer, per row) and hidden states (per layer)."""
         order = [self._places(item.seq.row, work) for item in work]
         feeds = [item.feed for item in work]
-        heads = tuple(self._pad_weights(layer, order) for layer in weights)
-        hidden = tuple(self._pad_hidden(layer, order, feeds) for layer in trace)
-        self._chunks.append((heads, hidden))
+        heads = tuple(self._pad_weights(layer, order) for layer in weights) if self.want.weights else ()
+        states = tuple(self._pad_hidden(layer, order, feeds) for layer in hidden) if self.want.layers is None else ()
+        self._chunks.append((heads, states))
         if not all(item.keep for item in work):
             return
         chunks, self._chunks = self._chunks, []

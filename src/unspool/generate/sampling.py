@@ -46,8 +46,10 @@ def sequences(call: Call, rows: list[Sequence]) -> Tensor:
     return torch.cat([prompts.rectangle, filled.to(prompts.rectangle.device)], dim=1)
 
 
-def sampled_output(call: Call, rows: list[Sequence], runner: Runner) -> GenerateDecoderOnlyOutput:
-    """Everything that was recorded of the rows."""
+def sampled_output(
+    call: Call, rows: list[Sequence], runner: Runner, stored: list[Sequence] | None = None
+) -> GenerateDecoderOnlyOutput:
+    """Everything that was recorded of the rows, whose keys and values are those of the rows `stored`, if not theirs."""
     made = sequences(call, rows)
     tracer = call.tracer
     tops, chances = (None, None) if call.kept.tops is None else call.kept.tops.result()
@@ -57,7 +59,7 @@ def sampled_output(call: Call, rows: list[Sequence], runner: Runner) -> Generate
         logits=_tuple(call.kept.logits),
         attentions=_tuple(tracer.attentions) if tracer else None,
         hidden_states=_tuple(tracer.hidden_states) if tracer else None,
-        past_key_values=call.backend.past(rows, runner, made.shape[1] - 1) if call.config.use_cache else None,
+        past_key_values=call.backend.past(stored or rows, runner, made.shape[1] - 1) if call.config.use_cache else None,
         finish_reasons=[row.finish or "length" for row in rows],
         top_logprobs=tops,
         token_logprobs=chances,

@@ -17,6 +17,8 @@ from unspool.decode.sequence import Sequence
 from unspool.generate.assisted import set_up_assisted
 from unspool.generate.beams import set_up_beams
 from unspool.generate.call import Call, Setup
+from unspool.generate.contrastive import set_up_contrastive
+from unspool.generate.dola import set_up_dola
 from unspool.generate.guidance import guided
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.sampling import set_up_sampling
@@ -26,6 +28,8 @@ _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
     GenerationMode.GREEDY_SEARCH: set_up_sampling,
     GenerationMode.SAMPLE: set_up_sampling,
     GenerationMode.ASSISTED_GENERATION: set_up_assisted,
+    GenerationMode.CONTRASTIVE_SEARCH: set_up_contrastive,
+    GenerationMode.DOLA_GENERATION: set_up_dola,
     GenerationMode.BEAM_SEARCH: set_up_beams,
     GenerationMode.BEAM_SAMPLE: set_up_beams,
     GenerationMode.GROUP_BEAM_SEARCH: set_up_beams,
@@ -40,16 +44,18 @@ def run(call: Call) -> Tensor | GenerateOutput:
         guidance = next(processor for processor in call.processors if isinstance(processor, GuidanceLogitsProcessor))
         setup = guided(setup, call, guidance, *call.negative)
     rows = setup.group.rows
-    drafts = setup.group.drafter is not None
-    runner = call.backend.runner(rows, call.copies, call.steps, call.past, forks=setup.forks, drafts=drafts)
+    copies, drafts = call.copies * setup.candidates, setup.group.drafter is not None
+    runner = call.backend.runner(
+        rows, copies, call.steps, call.past, forks=setup.forks, drafts=drafts, alike=setup.candidates > 1
+    )
     scheduler = StaticScheduler(
         setup.group,
         runner,
-        steps=call.steps,
-        chunk=_chunk(call, rows),
+        steps=call.steps + setup.ahead,
+        chunk=_chunk(call, rows[::copies]),
         recompute_past=call.backend.recompute_past,
         keep_finished=setup.keep_finished,
-        keep_stored=call.detailed and not setup.forks,
+        keep_stored=call.detailed and setup.gives_past,
     )
     recomputes = call.backend.recompute_past is not None
     in_step = setup.in_step or setup.keep_finished or recomputes
@@ -65,11 +71,11 @@ def _mode(call: Call) -> AbstractContextManager[Any]:
     return torch.no_grad() if seen else torch.inference_mode()
 
 
-def _chunk(call: Call, rows: list[Sequence]) -> int | None:
-    """Columns of prompt per step."""
+def _chunk(call: Call, prompts: list[Sequence]) -> int | None:
+    """Columns of prompt per step; `prompts` has one row for each."""
     if call.config.prefill_chunk_size is not None:
         return int(call.config.prefill_chunk_size)
     budget = call.backend.abilities.prompt_budget
-    if budget is None or sum(len(row.tokens) for row in rows[:: call.copies]) <= budget:
+    if budget is None or sum(len(row.tokens) for row in prompts) <= budget:
         return None
-    return max(64, budget // -(-len(rows) // call.copies))
+    return max(64, budget // len(prompts))

@@ -24,7 +24,7 @@ from unspool.bridge.module import Foreign
 from unspool.config import GenerationConfig, GenerationMode, resolve
 from unspool.config.mode import mode_of
 from unspool.errors import Unsupported
-from unspool.generate.mixin import GenerationMixin, refuse_arguments, refuse_modes
+from unspool.generate.mixin import GenerationMixin, refuse_arguments
 from unspool.interop import inner
 from unspool.interop.notes import note
 
@@ -218,10 +218,11 @@ def _declined(module: Any, given: dict[str, Any], rest: dict[str, Any]) -> str |
     try:
         refuse_arguments(given)
         config = resolve(rest, given.get("generation_config"), getattr(module, "generation_config", None)).config
-        refuse_modes(config)
     except Unsupported as error:
         return str(error)
     mode = mode_of(config, given.get("assistant_model") is not None)
+    if mode in (GenerationMode.CONTRASTIVE_SEARCH, GenerationMode.DOLA_GENERATION):
+        return f"{mode.value} needs the hidden states of a native model"
     return _cannot_draft(module, given, rest, config) if mode is GenerationMode.ASSISTED_GENERATION else None
 
 

@@ -73,6 +73,23 @@ class Attend(Protocol):
         ...
 
 
+class Trace(list[Tensor]):
+    """Hidden states by layer as a model appends them, of which only those wanted are kept.
+
+    Args:
+        layers: places that are kept; the others get empty tensors. `None` keeps all.
+    """
+
+    def __init__(self, layers: frozenset[int] | None) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def append(self, hidden: Tensor) -> None:
+        """Add the next layer's hidden states `[tokens, hidden]`."""
+        wanted = self._layers is None or len(self) in self._layers
+        super().append(hidden if wanted else hidden.new_empty(0, hidden.shape[-1]))
+
+
 @dataclass(slots=True, eq=False)
 class Batch:
     """True tokens of any number of rows, flat, for one forward pass.
