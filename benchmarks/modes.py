@@ -98,8 +98,27 @@ def store_bytes(call: Side) -> int:
     return max(sizes)
 
 
+def contrastive(quick: bool) -> Pair:
+    """Four candidates in contrastive search beside four beams, which feed as many tokens."""
+    model, ids = unspool_model("T"), prompt(1, 512)
+    given = {"max_new_tokens": 8 if quick else 64, "do_sample": False, "pad_token_id": 0}
+    return Pair(
+        lambda: model.generate(ids, penalty_alpha=0.6, top_k=4, **given),
+        lambda: model.generate(ids, num_beams=4, **given),
+    )
+
+
+def dola(quick: bool) -> Pair:
+    """Contrast with the upper half's layers beside plain greedy decoding."""
+    model, ids = unspool_model("T"), prompt(4, 128)
+    given = {"max_new_tokens": 8 if quick else 64, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.2}
+    return Pair(lambda: model.generate(ids, dola_layers="high", **given), lambda: model.generate(ids, **given))
+
+
 MODES: dict[str, Mode] = {
     "beams": Mode(f"4 beams, prompt of 512, {NAMES['T']} shape, bf16", "transformers", 1.5, beams),
+    "contrastive": Mode(f"contrastive search, top_k=4, {NAMES['T']} shape, bf16", "our 4 beams", 0.8, contrastive),
+    "dola": Mode(f"DoLa, 8 early layers, 4 prompts, {NAMES['T']} shape, bf16", "our greedy", 0.7, dola),
 }
 
 
