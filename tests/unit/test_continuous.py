@@ -512,6 +512,22 @@ def test_a_forgotten_manager_ends_its_thread(model: Any) -> None:
     assert store() is None, "its memory is given back"
 
 
+def test_destroying_gives_memory_back(model: Any) -> None:
+    manager = make(model)
+    manager.start()
+    name = manager.add_request(PROMPTS[0], max_new_tokens=450)
+    memory = weakref.ref(next(iter(manager._engine.room.store.keys.values())))
+    manager.destroy()
+    gc.collect()
+    assert memory() is None
+    assert manager.get_result(name).finish_reason == "cancelled"
+    with pytest.raises(ManagerStopped, match="destroyed"):
+        manager.start()
+    with pytest.raises(ManagerStopped, match="destroyed"):
+        manager.add_request(PROMPTS[0])
+    manager.destroy()
+
+
 def _in_a_fork(manager: Any, names: list[str], answers: Any) -> None:
     told = [manager.is_running(), manager.get_result(timeout=20)]
     try:

@@ -163,6 +163,15 @@ class ContinuousBatchingManager:
         if block:
             self.join(timeout)
 
+    def destroy(self) -> None:
+        """Stop for good, answer all requests as cancelled, and give back the memory of keys and values now.
+
+        Dropping the last reference to a manager does the same.
+        """
+        self.stop(hard_stop=True)
+        self._worker.close()
+        self._finalizer.detach()
+
     def join(self, timeout: float | None = None) -> None:
         """Wait for the thread to end, for at most `timeout` seconds."""
         if not self._worker.join(timeout):

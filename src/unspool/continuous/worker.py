@@ -156,6 +156,14 @@ class Worker:
             self.stop("abort")
             self.join(5.0)
 
+    def close(self) -> None:
+        """After the thread ended: never step again, and let go of the store's memory."""
+        self.fatal = self.fatal or ManagerStopped("it was destroyed")
+        if self.join(0):
+            store = self.engine.room.store
+            store.keys.clear()
+            store.values.clear()
+
     def _check_queue(self, states: list[RequestState]) -> None:
         engine = self.engine
         count = len(self._arrived) + len(engine.scheduler.waiting_requests)
