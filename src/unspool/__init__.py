@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. The imports for type checkers below say the same; a test compares the two.
 _HOMES: dict[str, tuple[str, ...]] = {
+    "unspool.adapters": ("AdapterMixin", "PeftModel"),
     "unspool.hub": ("AutoModelForCausalLM", "AutoTokenizer", "load"),
     "unspool.config": (
         "BitsAndBytesConfig",
@@ -168,6 +169,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from unspool.adapters import AdapterMixin as AdapterMixin, PeftModel as PeftModel
     from unspool.cache import (
         Cache as Cache,
         DynamicCache as DynamicCache,

@@ -19,6 +19,7 @@ from unspool.errors import CheckpointError, Unsupported
 if TYPE_CHECKING:
     import torch
 
+    from unspool.adapters import AdapterMixin
     from unspool.config import BitsAndBytesConfig
     from unspool.continuous import ContinuousMixin
     from unspool.generate import GenerationMixin
@@ -30,22 +31,26 @@ if TYPE_CHECKING:
     Dtype: TypeAlias = Literal["auto"] | str | torch.dtype
     Device: TypeAlias = str | torch.device
 
-    class CausalLM(GenerationMixin, ContinuousMixin, Model):
+    class CausalLM(GenerationMixin, ContinuousMixin, AdapterMixin, Model):
         """What `load` returns, for type checkers: a native model that has `generate()`."""
 
         name_or_path: str
 
 
-__all__ = ["BUILT_IN", "AutoModelForCausalLM", "AutoTokenizer", "HubArguments", "load", "locate"]
+__all__ = ["BUILT_IN", "AutoModelForCausalLM", "AutoTokenizer", "HubArguments", "load", "locate", "locate_adapter"]
 
 BUILT_IN: Mapping[str, Path] = {
     name: Path(__file__).parent / "assets" / name for name in ("storyteller", "storyteller-draft")
 }
 """Models that come with the package, by name."""
 
+BUILT_IN_ADAPTERS: Mapping[str, Path] = {"storyteller-pirate": Path(__file__).parent / "assets" / "storyteller-pirate"}
+"""Adapters that come with the package, by name."""
+
 # A Hub id: "name" or "owner/name".
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _INDEX = "model.safetensors.index.json"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -310,6 +315,27 @@ def _family(folder: Path) -> str | None:
     return None if family in supported() else str(family)
 
 
+def locate_adapter(path_or_id: FileName, *, hub: HubArguments | None = None) -> Path:
+    """Folder with an adapter's files; they are downloaded when `path_or_id` is neither built in nor on this disk.
+
+    Raises:
+        FileNotFoundError: no such folder, and no such repository or no way to reach it.
+    """
+    hub = hub or HubArguments()
+    name = os.fspath(path_or_id)
+    if name in BUILT_IN_ADAPTERS:
+        return BUILT_IN_ADAPTERS[name]
+    folder = Path(name).expanduser() / hub.subfolder
+    if name and folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+        raise FileNotFoundError(
+            f"there is no adapter's folder {name and os.fspath(folder)!r}, and that cannot be a Hub id ('owner/name')"
+        )
+    prefix = f"{hub.subfolder.strip('/')}/" if hub.subfolder else ""
+    return _snapshot(name, [prefix + file for file in _ADAPTER_FILES], hub) / prefix
+
+
 def _download(repo: str, weights: bool, hub: HubArguments) -> Path:
     """Fetch the small files of a repository, then the weights that its index names."""
     prefix = f"{hub.subfolder.strip('/')}/" if hub.subfolder else ""
@@ -433,10 +459,11 @@ _composed: dict[tuple[type[Model], str], type[Model]] = {}
 
 def _with_generate(native: type[Model], name: str) -> type[Model]:
     """The native class with `generate()` in front; made once, so that two loads give the same type."""
+    from unspool.adapters import AdapterMixin
     from unspool.continuous import ContinuousMixin
     from unspool.generate import GenerationMixin
 
     if (native, name) not in _composed:
         members = {"__module__": native.__module__, "__doc__": native.__doc__}
-        _composed[native, name] = type(name, (GenerationMixin, ContinuousMixin, native), members)
+        _composed[native, name] = type(name, (GenerationMixin, ContinuousMixin, AdapterMixin, native), members)
     return _composed[native, name]

@@ -131,6 +131,20 @@ def test_structured_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out in ("go\n", "stay\n")
 
 
+def test_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    from unspool import load
+
+    model, tokenizer = load()
+    model.load_adapter("storyteller-pirate")
+    tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    expected = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    options = ["--greedy", "--max-new-tokens", "20", "--quiet"]
+    assert run(["generate", PROMPT, "--adapter", "storyteller-pirate", *options]) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == expected.removesuffix("\n")
+    code = run(["generate", PROMPT, "--adapter", "./no/such"])
+    assert "no adapter's folder" in one_error(code, 1, *capsys.readouterr())
+
+
 # info
 
 

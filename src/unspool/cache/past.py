@@ -9,11 +9,15 @@ from unspool.cache.paged import PagedStore
 
 @dataclass(slots=True, eq=False)
 class PastRow:
-    """One row's tokens whose keys and values are stored: its true tokens, no padding."""
+    """One row's tokens whose keys and values are stored: its true tokens, no padding.
+
+    `adapter` is the one they were computed with; they are good for rows with the same one only.
+    """
 
     tokens: list[int]
     computed: int
     blocks: list[list[int]] = field(default_factory=list)
+    adapter: object | None = None
 
 
 class PastKeyValues:
@@ -21,7 +25,8 @@ class PastKeyValues:
 
     Pass it back as `generate(..., past_key_values=past)` with the longer conversation as `input_ids`: tokens that are
     already stored are not computed again. A row is reused as far as its tokens agree with the new prompt, so an edited
-    history gives right text, only slower. The object is read, never changed, by the call it is passed to.
+    history gives right text, only slower; so does another adapter. The object is read, never changed, by the call it is
+    passed to.
 
     Attributes:
         store: the blocks.

@@ -49,6 +49,7 @@ OPTIONS: tuple[Shared, ...] = (
     Shared("repetition_penalty", float, "X", "Above 1 avoids tokens seen before.", OTHER),
     Shared("no_repeat_ngram_size", int, "N", "Never the same N tokens in a row twice.", OTHER),
     Shared("set", list[str], "NAME=JSON", "Any other field of GenerationConfig.", OTHER, ("--set",)),
+    Shared("adapter", str, "PATH_OR_ID", "A LoRA, rsLoRA or DoRA on the model, as PEFT saves it.", MODEL),
     Shared("dtype", str, "NAME", "float32, bfloat16, float16; else the checkpoint's.", MODEL),
     Shared("quantize", str, "NAME", "Keep the weights in fewer bits: int8, int4, nf4, fp4.", MODEL),
     Shared("device", str, "NAME", "cpu, cuda, cuda:1 …; else cuda if there is one.", MODEL),
@@ -76,6 +77,7 @@ class ModelOptions:
     """Which model, and how to run it."""
 
     model: str = "storyteller"
+    adapter: str | None = None
     dtype: str | None = None
     quantize: str | None = None
     device: str | None = None

@@ -47,7 +47,7 @@ def load_model(options: ModelOptions) -> tuple[CausalLM, Tokenizer]:
         import torch
 
         torch.set_num_threads(options.threads)
-    return load(
+    model, tokenizer = load(
         options.model,
         dtype=options.dtype,
         quantize=options.quantize,
@@ -55,6 +55,9 @@ def load_model(options: ModelOptions) -> tuple[CausalLM, Tokenizer]:
         revision=options.revision,
         local_files_only=options.offline,
     )
+    if options.adapter is not None:
+        model.load_adapter(options.adapter, local_files_only=options.offline)
+    return model, tokenizer
 
 
 def room(

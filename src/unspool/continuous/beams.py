@@ -43,7 +43,8 @@ class BeamRows:
         )
         self._most = wishes.limits.max_columns - len(prompt)
         self._find_fault = find_fault
-        self.group = Group([Sequence(i, row) for i, row in enumerate(tokens)], self._chooser, self)
+        rows = [Sequence(i, row, adapter=wishes.adapter) for i, row in enumerate(tokens)]
+        self.group = Group(rows, self._chooser, self)
         self.states: list[RequestState] = []
         """The request, and its other outputs, best first; each with the rows or without any."""
 

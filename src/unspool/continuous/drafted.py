@@ -62,7 +62,7 @@ class DraftedRow:
             ensemble=config.assistant_ensemble_weight,
             keep_scores=wishes.top_logprobs is not None,
         )
-        self.group = Group([Sequence(0, list(prompt))], chooser, self, drafter=drafter)
+        self.group = Group([Sequence(0, list(prompt), adapter=wishes.adapter)], chooser, self, drafter=drafter)
         self.states: list[RequestState] = []
 
     def enter(self, state: RequestState) -> None:
@@ -129,7 +129,8 @@ class DraftedRow:
             assert assistant is not None
             steps = assistant
         device = assistant.device
-        mirror = Sequence(0, list(prompt))
+        own = self._wishes.adapter if assistant is model else assistant.adapters.current()
+        mirror = Sequence(0, list(prompt), adapter=own)
         blocks = -(-self._most // BLOCK_SIZE) + 1
         store = PagedStore(steps.spec.groups, blocks, dtype=assistant.dtype, device=device)
         settings = getattr(assistant, "generation_config", None) or GenerationConfig()

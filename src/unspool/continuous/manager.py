@@ -207,6 +207,7 @@ class ContinuousBatchingManager:
         deadline: float | None = None,
         assistant_model: Any = None,
         cache_salt: Hashable = None,
+        adapter_name: str | None = None,
         return_logprobs: bool | None = None,
         top_logprobs: int | None = None,
         **kwargs: Any,
@@ -228,6 +229,7 @@ class ContinuousBatchingManager:
             deadline: seconds from now after which it ends with what it has.
             assistant_model: a smaller native model that drafts tokens, as in `generate()`.
             cache_salt: only requests with an equal one share stored prefixes with it; name a tenant here.
+            adapter_name: a loaded adapter's name, or `"__base__"` for none; the model's active one if not given.
             return_logprobs: give the log-probability of each token.
             top_logprobs: give those of so many likeliest tokens too.
 
@@ -254,6 +256,7 @@ class ContinuousBatchingManager:
             deadline=deadline,
             assistant_model=assistant_model,
             cache_salt=cache_salt,
+            adapter_name=adapter_name,
             return_logprobs=return_logprobs,
             top_logprobs=top_logprobs,
         )
@@ -382,7 +385,7 @@ class ContinuousBatchingManager:
         states = []
         for i, wishes in enumerate(every):
             home: PlainRows | DraftedRow = self._engine.plain
-            rows = [Sequence(0, list(prompt))]
+            rows = [Sequence(0, list(prompt), adapter=wishes.adapter)]
             if wishes.mode is GenerationMode.ASSISTED_GENERATION:
                 home = DraftedRow(model, wishes.assistant, prompt, wishes, fault)
                 rows = home.group.rows

@@ -54,6 +54,7 @@ class Arguments:
     priority: int = 0
     deadline: float | None = None
     cache_salt: Hashable = None
+    adapter_name: str | None = None
     assistant_model: Any = None
     return_logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -168,6 +169,8 @@ class Reader:
             custom=arguments.stopping_criteria,
             tokenizer=arguments.tokenizer,
         )
+        names = None if arguments.adapter_name is None else [arguments.adapter_name]
+        (adapter,) = model.adapters.choose(names, 1)
         told = self._return_logprobs if arguments.return_logprobs is None else arguments.return_logprobs
         return Wishes(
             config=config,
@@ -178,7 +181,8 @@ class Reader:
             columns=as_columns(processors),
             seed=seed,
             sample=sample,
-            key=arguments.cache_salt,
+            key=(arguments.cache_salt, adapter),
+            adapter=adapter,
             priority=arguments.priority,
             deadline=deadline,
             streaming=arguments.streaming,

@@ -16,6 +16,7 @@ from unspool.config import GenerationConfig, GenerationMode
 from unspool.decode.sequence import Group, Sequence, Work
 from unspool.errors import RequestFailed
 from unspool.logits import Column, LogitsProcessorList
+from unspool.models.adapters import Adapter
 from unspool.stopping import Limits, StoppingCriteriaList
 
 __all__ = ["GenerationOutput", "RequestState", "RequestStatus", "Timings", "Usage"]
@@ -152,6 +153,7 @@ class Wishes:
         seed: of its random numbers.
         sample: its number among the outputs of one request.
         key: what keys and values depend on besides the tokens, and who may share them.
+        adapter: what its tokens go through beside the model's weights, or `None`.
         deadline: `time.monotonic()` at which it ends, or `None`.
         top_logprobs: how many log-probabilities to give beside the chosen one's; `None` for no log-probabilities.
     """
@@ -165,6 +167,7 @@ class Wishes:
     seed: int
     sample: int = 0
     key: Hashable = None
+    adapter: Adapter | None = None
     priority: int = 0
     deadline: float | None = None
     streaming: bool = False

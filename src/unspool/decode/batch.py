@@ -11,6 +11,7 @@ from torch import Tensor
 from unspool.attention.registry import paged_attention
 from unspool.cache.paged import PagedStore
 from unspool.decode.sequence import Group, Work
+from unspool.models.adapters import Mixer
 from unspool.models.base import Batch, ModelSpec
 
 
@@ -20,6 +21,7 @@ def build_batch(
     store: PagedStore,
     spec: ModelSpec,
     device: torch.device,
+    mixer: Mixer,
     weights: list[list[Tensor]] | None = None,
     trace: list[Tensor] | None = None,
 ) -> Batch:
@@ -28,6 +30,7 @@ def build_batch(
     Args:
         work: what to feed; a row whose tokens are still in flight feeds `group.last`.
         order: in which order to feed it; the logits come in the order of the work all the same.
+        mixer: brings the rows' adapters together.
         weights, trace: lists that collect attention weights and hidden states, when they are wanted.
     """
     placed = [work[i] for i in order]
@@ -49,6 +52,7 @@ def build_batch(
         extents=extents,
         trace=trace,
         embeds=_embeds(placed) if any(row.embeds is not None for row in rows) else None,
+        adapters=mixer.select([row.adapter for row in rows], feeds, device),
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from unspool.attention.registry import paged_attention
 from unspool.cache import PagedStore
 from unspool.decode.sequence import Sequence
+from unspool.models.adapters import Mixer
 from unspool.models.base import Batch, Model
 
 
@@ -27,6 +28,7 @@ def find_fault(model: Model, row: Sequence) -> str:
             keep=torch.tensor([len(row.tokens) - 1], device=model.device),
             extents=torch.full_like(tokens, len(row.tokens)) if model.spec.needs_extents else None,
             trace=trace,
+            adapters=Mixer().select([row.adapter], [len(row.tokens)], model.device),
         )
         logits = model.step(batch)
     bad = [not bool(hidden.isfinite().all()) for hidden in trace]

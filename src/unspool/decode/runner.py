@@ -13,6 +13,7 @@ from unspool.attention.registry import reads_any_order
 from unspool.cache.paged import PagedStore
 from unspool.decode.batch import build_batch
 from unspool.decode.sequence import Sequence, Want, Work
+from unspool.models.adapters import Mixer
 from unspool.models.base import Batch, ModelSpec, Trace
 
 
@@ -94,6 +95,7 @@ class PagedRunner:
         self._rows = rows
         self._forks = forks
         self._alike = alike
+        self._mixer = Mixer()
 
     def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`."""
@@ -105,7 +107,7 @@ class PagedRunner:
         hidden = Trace(want.layers) if want.layers is None or want.layers else None
         if weights is None and hidden is None and not self._forks and not reads_any_order(self.store):
             order.sort(key=lambda i: work[i].seq.blocks[0][0])  # so that attention finds neighbours side by side
-        batch = build_batch(work, order, self.store, self.model.spec, self.device, weights, hidden)
+        batch = build_batch(work, order, self.store, self.model.spec, self.device, self._mixer, weights, hidden)
         return Output(self.model.step(batch), weights or [], hidden or [])
 
     def _make_room(self, row: Sequence, feed: int, rows: list[Sequence]) -> None:

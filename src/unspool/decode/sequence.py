@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from unspool.models.adapters import Adapter
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -23,6 +25,7 @@ class Sequence:
         finish: why the row ended: `"stop"` (end token or criterion), `"length"`, or `None` while it lives.
         draft: tokens guessed to follow the known ones, to be fed with them and checked in one step. Owner: the drafter.
         embeds: `[n, hidden]` what is fed in place of the embeddings of the first `n` tokens, or `None`.
+        adapter: what its tokens go through beside the model's weights, or `None`.
     """
 
     row: int
@@ -33,6 +36,7 @@ class Sequence:
     finish: str | None = None
     draft: list[int] = field(default_factory=list)
     embeds: Tensor | None = None
+    adapter: Adapter | None = None
 
     @property
     def known(self) -> int:

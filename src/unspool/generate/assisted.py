@@ -194,6 +194,9 @@ def _model_drafter(
         # transformers warps a draft's scores twice, and its draws depend on it
         processors = warped_again(processors, call.config)
     mirrors = call.rows()
+    if assistant is call.assistant:
+        for mirror in mirrors:
+            mirror.adapter = assistant.adapter
     drawn = isinstance(noise, GlobalNoise) or call.config.assistant_ensemble_weight is not None
     eos = call.limits.eos
     chooser: Chooser = RaggedChooser(

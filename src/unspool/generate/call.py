@@ -19,6 +19,7 @@ from unspool.generate.recorder import Kept, Tracer
 from unspool.generate.stream import Stream
 from unspool.generate.tops import Tops
 from unspool.logits import LogitsProcessorList
+from unspool.models.adapters import Adapter
 from unspool.stopping import Limits
 
 
@@ -132,11 +133,13 @@ class Assistant:
         backend: computes it.
         config: its own generation settings.
         tokenizers: the model's and the draft model's, where these differ.
+        adapter: its own active adapter, or `None`.
     """
 
     backend: Backend
     config: GenerationConfig
     tokenizers: tuple[Any, Any] | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(slots=True)
@@ -207,8 +210,9 @@ class Call:
     def rows(self) -> list[Sequence]:
         """A row for each prompt."""
         embeds: Items[Tensor | None] = self.prompts.embeds or [None] * len(self.prompts.tokens)
-        pairs = zip(self.prompts.tokens, embeds, strict=True)
-        return [Sequence(number, list(tokens), embeds=own) for number, (tokens, own) in enumerate(pairs)]
+        adapters: Items[Adapter | None] = self.prompts.adapters or [None] * len(self.prompts.tokens)
+        parts = enumerate(zip(self.prompts.tokens, embeds, adapters, strict=True))
+        return [Sequence(i, list(tokens), embeds=own, adapter=adapter) for i, (tokens, own, adapter) in parts]
 
     def twins(self, rows: list[Sequence], candidates: int = 1) -> list[Sequence] | None:
         """For each row the first that shares its prompt; `None` where each is computed by itself.

@@ -54,7 +54,7 @@ def set_up_contrastive(call: Call) -> Setup:
             "past_key_values does not hold; leave it out"
         )
     rows = [
-        Sequence(text.row * candidates + i, list(text.tokens), embeds=text.embeds)
+        Sequence(text.row * candidates + i, list(text.tokens), embeds=text.embeds, adapter=text.adapter)
         for text in texts
         for i in range(candidates)
     ]

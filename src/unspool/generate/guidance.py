@@ -58,7 +58,7 @@ def guided(setup: Setup, call: Call, guidance: GuidanceLogitsProcessor, ids: Ten
             "shorten the negative prompt or lower max_new_tokens"
         )
     times = setup.candidates
-    others = [Sequence(len(rows) + i * times + j, list(own)) for i, own in enumerate(tokens) for j in range(times)]
+    others = [Sequence(len(rows) + i, list(tokens[i // times]), adapter=row.adapter) for i, row in enumerate(rows)]
     both = Group(
         [*rows, *others],
         GuidedChooser(group.chooser, guidance),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unspool.config import GenerationConfig
+from unspool.models.adapters import Adapter
 from unspool.models.base import ModelSpec
 
 
@@ -22,12 +23,14 @@ class Prompts:
         mask: `[rows, columns]`, True where a true token stands.
         tokens: each row's true tokens, in order; zeros where only embeddings are known.
         embeds: each row's embeddings `[tokens, hidden]`, when they were given; `None` otherwise.
+        adapters: each row's adapter, or `None` when no row has one.
     """
 
     rectangle: Tensor
     mask: Tensor
     tokens: list[list[int]]
     embeds: list[Tensor] | None = None
+    adapters: list[Adapter | None] | None = None
 
     def expand(self, times: int) -> Prompts:
         """Every row `times` times, copies side by side."""
@@ -36,6 +39,7 @@ class Prompts:
             self.mask.repeat_interleave(times, dim=0),
             [row for row in self.tokens for _ in range(times)],
             None if self.embeds is None else [row for row in self.embeds for _ in range(times)],
+            None if self.adapters is None else [row for row in self.adapters for _ in range(times)],
         )
 
     def padding(self) -> Tensor | None:

@@ -91,6 +91,7 @@ class GenerationMixin:
                 `custom_generate/generate.py`, which runs with `trust_remote_code=True` only.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
+                `adapter_names` (a loaded adapter's name for each prompt, `None` or `"__base__"` for none),
                 `tokenizer` (for `stop_strings`, `json_schema`, `regex`, `grammar` and an assistant with another
                 tokenizer, which is then `assistant_tokenizer`).
 
@@ -275,7 +276,15 @@ def _guidance(
     return processor, None
 
 
-_INPUTS = {"input_ids", "attention_mask", "past_key_values", "inputs_embeds", "tokenizer", "assistant_tokenizer"}
+_INPUTS = {
+    "adapter_names",
+    "assistant_tokenizer",
+    "attention_mask",
+    "input_ids",
+    "inputs_embeds",
+    "past_key_values",
+    "tokenizer",
+}
 
 # Arguments of `generate()` that are still to come.
 _ARGUMENTS = ("synced_gpus",)
@@ -317,4 +326,5 @@ def _read_assistant(model: Any, vocab: int | None, arguments: Arguments, prompts
         ours, theirs = map(tongue, tokenizers)
         inputs = {"input_ids": [theirs.encode(ours.decode(tokens), True) for tokens in prompts.tokens]}
     backend = source.draft(Arguments(None, inputs), resolve({}, own).config)
-    return Assistant(backend, own or GenerationConfig(), tokenizers)
+    adapter = model.adapters.current() if isinstance(model, Model) else None
+    return Assistant(backend, own or GenerationConfig(), tokenizers, adapter)

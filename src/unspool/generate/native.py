@@ -22,6 +22,7 @@ from unspool.generate.healing import heal_prompts
 from unspool.generate.inputs import end_tokens, read_embeds, read_prompts
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Reading
+from unspool.models.adapters import BASE
 from unspool.models.base import Model
 
 # New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.
@@ -67,13 +68,14 @@ class NativeBackend:
             for i, old in enumerate(past.rows):
                 served = rows[i * copies : i * copies + (1 if forks else copies)]
                 for row in served:
-                    store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
+                    if row.adapter is old.adapter:
+                        store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
         return PagedRunner(self._steps, store, self.device, rows, forks=forks, alike=copies if alike else 1)
 
     def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues:
         """See `Backend`."""
         assert isinstance(runner, PagedRunner)
-        stored = [PastRow(row.tokens[: row.computed], row.computed, row.blocks) for row in rows]
+        stored = [PastRow(row.tokens[: row.computed], row.computed, row.blocks, row.adapter) for row in rows]
         return PastKeyValues(runner.store, stored, width)
 
     def dress(self, result: Tensor | GenerateOutput) -> Tensor | GenerateOutput:
@@ -88,7 +90,10 @@ class NativeBackend:
         """See `Backend`: a native model's plain call reads whole texts, so there is no cache among them."""
         width = max(len(row.tokens) for row in rows)
         mask = torch.tensor([[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows])
-        return {"attention_mask": mask.to(self.device)}
+        inputs: dict[str, Any] = {"attention_mask": mask.to(self.device)}
+        if any(row.adapter is not None for row in rows):
+            inputs["adapter_names"] = [BASE if row.adapter is None else row.adapter.name for row in rows]
+        return inputs
 
     def exits(self) -> Exits:
         """See `Backend`."""
@@ -151,7 +156,7 @@ class NativeSource:
             raise ValueError("pass the prompts as `inputs` or as `input_ids`, not both")
         mask, past = rest.pop("attention_mask", None), rest.pop("past_key_values", None)
         rest.pop("token_type_ids", None)  # tokenizers give them; they change nothing here
-        embeds = rest.pop("inputs_embeds", None)
+        embeds, names = rest.pop("inputs_embeds", None), rest.pop("adapter_names", None)
         if rest:
             raise ValueError(no_use_for("generate()", rest))
         given = arguments.inputs if ids is None else ids
@@ -175,8 +180,12 @@ class NativeSource:
         else:
             columns = 0
         assert prompts is not None
+        adapters = self.model.adapters.choose(names, len(prompts.tokens))
         if config.token_healing:
+            if names is not None:
+                raise Unsupported("token_healing and adapter_names cannot be combined; use set_adapter()")
             prompts = heal_prompts(self.model, prompts, arguments.tokenizer)
+        prompts.adapters = adapters if any(adapters) else None
         expanded = prompts.expand(copies) if copies > 1 else prompts
         return Reading(
             prompts=expanded,

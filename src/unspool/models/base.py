@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from unspool.attention.dense import DenseAttention
 from unspool.cache.layout import LayerGroup
+from unspool.models.adapters import Adapters, Mixer, Selection
 from unspool.models.layers.embedding import Embedding
 from unspool.models.layers.linear import Linear, pack
 from unspool.models.layers.packed import Packable
@@ -105,6 +106,7 @@ class Batch:
             and last the ones after the final norm.
         layers: run only so many layers before the final norm; `None` runs all.
         embeds: `(places [n], values [n, hidden])` of tokens that have embeddings of their own.
+        adapters: which adapter each token goes through; `None` where none has one.
     """
 
     tokens: Tensor
@@ -115,6 +117,7 @@ class Batch:
     trace: list[Tensor] | None = None
     layers: int | None = None
     embeds: tuple[Tensor, Tensor] | None = None
+    adapters: Selection | None = None
 
     def embedded(self, x: Tensor) -> Tensor:
         """The tokens' embeddings `x` `[tokens, hidden]`, with the given ones in their places."""
@@ -172,6 +175,7 @@ class Model(nn.Module):
         embedding: one row per token id.
         lm_head: turns hidden states into logits.
         tied: the head's weight is the embedding's.
+        adapters: low-rank adapters loaded beside the weights.
     """
 
     spec: ModelSpec
@@ -183,6 +187,7 @@ class Model(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = ModelConfig(config)
+        self.adapters = Adapters()
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, `[tokens, hidden]`."""
@@ -194,8 +199,14 @@ class Model(nn.Module):
 
     def step(self, batch: Batch) -> Tensor:
         """Logits `[kept, vocab]` of one batch; the new keys and values are stored through `batch.attend`."""
-        hidden = self.body(batch)
+        hidden = self._adapted_body(batch)
         return self.head(hidden if batch.keep is None else hidden.index_select(0, batch.keep))
+
+    def _adapted_body(self, batch: Batch) -> Tensor:
+        if batch.adapters is None:
+            return self.body(batch)
+        with batch.adapters.applied():
+            return self.body(batch)
 
     def forward(
         self,
@@ -207,6 +218,7 @@ class Model(nn.Module):
         output_attentions: bool = False,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool = True,
+        adapter_names: Sequence[str | None] | None = None,
     ) -> CausalLMOutput:
         """Run whole texts at once, without a cache; differentiable.
 
@@ -221,6 +233,8 @@ class Model(nn.Module):
             output_attentions: also return attention weights, one `[batch, heads, length, length]` per layer.
             logits_to_keep: compute logits only for the last so many positions (0: all), or for the given ones.
             return_dict: accepted because callers pass it; only `True` means anything here.
+            adapter_names: for each row a loaded adapter's name, `None` or `"__base__"` for none; by default the active
+                adapter serves all rows.
 
         Raises:
             ValueError: shapes disagree, a token id lies outside the vocabulary, or a position outside a learned table.
@@ -235,8 +249,11 @@ class Model(nn.Module):
         )
         trace: list[Tensor] | None = [] if output_hidden_states else None
         extents = positions.amax(dim=1, keepdim=True).add(1).expand(rows, length).reshape(-1)
-        batch = Batch(input_ids.reshape(-1), positions.reshape(-1), attend, extents=extents, trace=trace)
-        hidden = self.body(batch).view(rows, length, -1)
+        adapters = Mixer().select(self.adapters.choose(adapter_names, rows), [length] * rows, input_ids.device)
+        batch = Batch(
+            input_ids.reshape(-1), positions.reshape(-1), attend, extents=extents, trace=trace, adapters=adapters
+        )
+        hidden = self._adapted_body(batch).view(rows, length, -1)
         if not isinstance(logits_to_keep, int):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
@@ -298,6 +315,13 @@ class Model(nn.Module):
         for weight, modules in users.items():
             if len(modules) == uses[weight] and any(isinstance(module, Linear) for module in modules):
                 pack(modules)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for adapter in self.adapters.loaded.values():
+            for delta in adapter.deltas.values():
+                delta.convert(fn)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,7 +10,8 @@ their dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from unspool.kernels.linear import PackedWeight, fits
 from unspool.models.layers.packed import Packable, PackedForm, WritableForm, exchange
 
-__all__ = ["Linear", "multiply", "pack", "packed_form"]
+__all__ = ["Added", "Linear", "added", "multiply", "pack", "packed_form"]
 
 # oneDNN reads a packed bf16 weight faster for four rows than for one.
 _PACKED_ROWS = 4
@@ -54,6 +55,18 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
         torch._C._set_mkldnn_enabled(True)
 
 
+class Added(Protocol):
+    """What a step adds to the products of its linear layers."""
+
+    def add(self, layer: Linear, x: Tensor, out: Tensor) -> Tensor:
+        """What `layer` gives for `x` `[rows, inputs]`, whose product is `out` `[rows, outputs]`; it may be written."""
+        ...
+
+
+# Set for the length of one step, by and for the thread that runs it: so no kind of decoder can forget to hand it on.
+added: ContextVar[Added | None] = ContextVar("added", default=None)
+
+
 class Linear(Packable):
     """An affine map whose output may be several projections of the same input, one after the other.
 
@@ -70,7 +83,11 @@ class Linear(Packable):
         self.bias = nn.Parameter(torch.empty(sum(parts))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project `x` `[rows, inputs]` to `[rows, sum(parts)]`."""
+        """Project `x` `[rows, inputs]` to `[rows, sum(parts)]`, with what the step adds to it."""
+        out, more = self._product(x), added.get()
+        return out if more is None else more.add(self, x, out)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self._packed is not None:
             trained = torch.is_grad_enabled() and self.weight.requires_grad
             if not trained and not (torch.is_grad_enabled() and x.requires_grad):

@@ -84,6 +84,11 @@ class Packable(nn.Module):
         self._packed: PackedForm | None = None
         self._holders: WeakSet[Packable] | None = None
 
+    @property
+    def plain(self) -> Tensor:
+        """The weight in the usual layout; a copy while it is packed."""
+        return self.weight.detach() if self._packed is None else self._packed.plain()
+
     def unpack(self) -> None:
         """Bring the plain weight back, for all modules that share it; does nothing where it is already."""
         if self._packed is None:
