@@ -20,6 +20,9 @@ _COLOURS = ("#bfe5d2", "#cfe8bd", "#e0e8a0", "#f5e388", "#f9cb72", "#f5ab68", "#
 _HESITATIONS = 8
 """Tokens listed of each row when not every one is."""
 
+_MASKED = 2
+"""Masked tokens listed of each step."""
+
 
 def view(report: Report, *, every: bool = False) -> RenderableType:
     """What to print; with `every`, a line for each token."""
@@ -77,7 +80,7 @@ def _steps(row: Row, every: bool) -> RenderableType:
         return Text()
     masks = any(_masked(step) for step in row.steps)
     table = Table(
-        title="every token" if every else f"the {len(places)} least likely tokens",
+        title="every token" if every else f"the {len(places)} least likely" if len(places) > 1 else "the least likely",
         title_justify="left",
         title_style="dim",
         box=box.SIMPLE_HEAD,
@@ -109,11 +112,11 @@ def _masked(step: Step) -> bool:
 
 
 def _others(step: Step) -> Text:
-    """Alternatives in one line, what was masked struck through."""
+    """Alternatives in one line; of what was masked, the likeliest, struck through."""
     text = Text()
-    for other in step.others:
-        if other.text == step.name and other.p == step.p:
-            continue
+    possible = [other for other in step.others if other.p and (other.text, other.p) != (step.name, step.p)]
+    masked = [other for other in step.others if not other.p]
+    for other in [*possible, *masked[:_MASKED]]:
         text.append("  " if text else "")
         if other.p == 0:
             text.append(single(other.text), "strike red").append(f" masked, {percent(other.own)}", "dim")
