@@ -26,7 +26,7 @@ from unspool.config import (
 )
 from unspool.config.fields import FIELDS
 
-OWN = {"seed", "json_schema", "regex", "grammar"}
+OWN = {"seed", "json_schema", "regex", "grammar", "output_top_logprobs"}
 METADATA = {"transformers_version", "_from_model_config"}
 
 EXAMPLES: dict[str, dict[str, Any]] = {
