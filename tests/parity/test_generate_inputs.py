@@ -118,8 +118,8 @@ def test_healing_is_transformers(storyteller: tuple[Any, Any]) -> None:
         assert ours.tolist() == model.generate(healed, **kwargs).tolist()
         changed += healed.tolist() != ids.tolist()
     assert changed >= 1, "some prompts were healed"
-    ids = tokenizer("One day the bir", add_special_tokens=False, return_tensors="pt").input_ids
-    assert "bir" in tokenizer.decode(model.generate(ids, token_healing=True, **kwargs)[0])
+    ids = tokenizer("One day the fo", add_special_tokens=False, return_tensors="pt").input_ids
+    assert tokenizer.decode(model.generate(ids, token_healing=True, **kwargs)[0]).startswith("One day the fo")
     rows = [
         tokenizer(text, add_special_tokens=False).input_ids for text in ("The little ca", "A", "They were very hap")
     ]

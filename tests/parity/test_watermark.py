@@ -292,7 +292,7 @@ def stories(model: Any, ids: Tensor, rows: int, **kwargs: Any) -> Tensor:
 def test_the_mark_is_found_in_stories_and_only_there(scheme: str) -> None:
     model, tokenizer = ours.load("storyteller")
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-    config = ours.WatermarkingConfig(bias=4.0, seeding_scheme=scheme)
+    config = ours.WatermarkingConfig(bias=8.0, seeding_scheme=scheme)
     detector = ours.WatermarkDetector(model.config, "cpu", config, ignore_repeated_ngrams=True)
     marked = detector(stories(model, ids, 6, watermarking_config=config), return_dict=True)
     unmarked = detector(stories(model, ids, 6), return_dict=True)

@@ -238,8 +238,8 @@ def test_no_other_setting_lets_a_masked_token_through(
 
 def test_min_new_tokens_holds_while_the_grammar_can_go_on(storyteller: tuple[Any, Any]) -> None:
     _, tokenizer = storyteller
-    for text in texts_of(storyteller, regex="[a-z ]*", min_new_tokens=20, max_new_tokens=400, do_sample=True, seed=0):
-        assert re.fullmatch("[a-z ]*", text)
+    for text in texts_of(storyteller, regex="[a-z ]{0,90}", min_new_tokens=20, do_sample=True, seed=0):
+        assert re.fullmatch("[a-z ]{0,90}", text)
         assert len(tokenizer.encode(text)) >= 15
     for text in texts_of(storyteller, regex="[a-z]{3}", min_new_tokens=20, max_new_tokens=40):
         assert re.fullmatch("[a-z]{3}", text)
@@ -259,7 +259,8 @@ def test_the_mask_comes_after_the_callers_processors(storyteller: tuple[Any, Any
 def test_fewer_texts_than_beams(storyteller: tuple[Any, Any]) -> None:
     for early in (True, False, "never"):
         texts = texts_of(storyteller, regex="(yes|no)", num_beams=4, num_return_sequences=2, early_stopping=early)
-        assert sorted(texts[:2]) == sorted(texts[2:]) == ["no", "yes"]
+        assert len(texts) == 4
+        assert set(texts) <= {"no", "yes"}  # the same text may come of different tokens
 
 
 def test_a_text_cut_by_the_limit_is_a_beginning(storyteller: tuple[Any, Any]) -> None:
@@ -373,9 +374,11 @@ def test_rows_are_found_again_whatever_becomes_of_them(storyteller: tuple[Any, A
         fresh = Matching(grammar)
         fresh.follow(rows)
         assert torch.equal(bits, fresh.masks())
-        may = [[i for i in range(3072) if row[i // 32] >> i % 32 & 1] for row in bits.tolist()]
+        may = [[i for i in range(len(tokenizer)) if row[i // 32] >> i % 32 & 1] for row in bits.tolist()]
         for row, choice in zip(rows, may, strict=True):
-            row.append(data.draw(st.sampled_from(choice or [2])) if data.draw(st.integers(0, 9)) else 2900)
+            row.append(
+                data.draw(st.sampled_from(choice or [2])) if data.draw(st.integers(0, 9)) else len(tokenizer) - 1
+            )
         if data.draw(st.booleans()):
             matching.grow([row[-1:] for row in rows])
             continue

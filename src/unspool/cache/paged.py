@@ -84,11 +84,11 @@ class PagedStore:
         self.quantized = quantized
         self.groups = groups
         self.block_size = block_size
+        self._refuse_if_too_large(blocks)
         self.blocks = [Blocks(blocks) for _ in groups]
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.group_of: dict[int, int] = {}
-        self._refuse_if_too_large(blocks)
         stored = torch.int8 if quantized else dtype
         for index, group in enumerate(groups):
             for layer in group.layers:

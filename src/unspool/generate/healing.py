@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unspool.generate.inputs import Prompts
 
-# As transformers weighs them: any extension far before everything else, the prompt's own token a little before others.
-_EXTENDS, _OWN = 10.0, 1.0
+# The prompt's own token is favoured a little, as in transformers, against "http" becoming "https" everywhere.
+_OWN = 1.0
 
 
 def heal_prompts(model: Callable[..., Any], prompts: Prompts, tokenizer: Any) -> Prompts:
@@ -46,7 +46,8 @@ def heal_tokens(
     Raises:
         ValueError: without a tokenizer.
 
-    Source: `GenerationMixin.heal_tokens` of transformers; unlike there, prompts are not stripped and tokenized anew.
+    Source: `GenerationMixin.heal_tokens` of transformers; unlike there, prompts are not stripped and
+        tokenized anew, and no other token can win, however likely.
     """
     if tokenizer is None:
         raise ValueError("token_healing looks at the tokens' texts; pass tokenizer=")
@@ -66,8 +67,7 @@ def heal_tokens(
     logits = next_logits([rows[place][:-1] for place, _ in found]).float()
     healed = [list(row) for row in rows]
     for scores, (place, longer) in zip(logits, found, strict=True):
-        bias = torch.zeros_like(scores)
-        bias[torch.tensor(longer, device=scores.device)] = _EXTENDS
-        bias[rows[place][-1]] += _OWN
-        healed[place][-1] = int((scores + bias).argmax())
+        tokens = torch.tensor(longer, device=scores.device)
+        kept = (tokens == rows[place][-1]) * _OWN
+        healed[place][-1] = longer[int((scores[tokens] + kept).argmax())]
     return healed
