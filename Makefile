@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# A test process for each core, each with one thread; the models are tiny.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses=4
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -21,10 +23,10 @@ demo: $(VENV)/.installed  ## install, then write a story with the built-in model
 	@$(BIN)/unspool generate "Once upon a time"
 
 test: $(VENV)/.installed-dev  ## install, then run the tests
-	$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+	$(PYTEST) -m "not full" $(PYTEST_ARGS)
 
 test-full: $(VENV)/.installed-dev  ## all tests, the wide ones included
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -19,6 +19,12 @@ CORPUS = [
 ] * 8
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each of several test processes: threads of all would wait for each other's cores."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests of a device that is not there."""
     if torch.cuda.is_available():
