@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,10 +115,67 @@ def dola(quick: bool) -> Pair:
     return Pair(lambda: model.generate(ids, dola_layers="high", **given), lambda: model.generate(ids, **given))
 
 
+@cache
+def storyteller(name: str) -> Any:
+    import unspool
+
+    return unspool.load(name)
+
+
+STORIES = ["Once upon a time", "The little fox", "One day, Lily", "A boy named Tom"]
+STORIES += ["In the forest", "The old man", "There was a dog", "Mia found a"]
+
+
+def lookup(quick: bool) -> Pair:
+    """Text that repeats itself, as that of random weights soon does: each draft is found in what was said."""
+    model, ids = unspool_model("T"), prompt(1, 200)
+    given = {"max_new_tokens": 16 if quick else 96, "do_sample": False, "pad_token_id": 0}
+    drafts = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
+    return Pair(lambda: model.generate(ids, **given, **drafts), lambda: model.generate(ids, **given))
+
+
+def assisted(rows: int, quick: bool) -> Pair:
+    """The built-in model with the built-in draft model, at its own settings, against itself without."""
+    model, tokenizer = storyteller("storyteller")
+    draft, _ = storyteller("storyteller-draft")
+    prompts = tokenizer(STORIES[:rows], return_tensors="pt", padding=True)
+    given = {"max_new_tokens": 16 if quick else 120, "do_sample": False}
+    return Pair(
+        lambda: model.generate(**prompts, **given, assistant_model=draft),
+        lambda: model.generate(**prompts, **given),
+    )
+
+
+def rules(quick: bool, **more: Any) -> Pair:
+    """The last tokens of 2,000 with rules that look at all of them, against the same without."""
+    model, (_, tokenizer) = unspool_model("T"), storyteller("storyteller")
+    if "stop_strings" in more:
+        more["tokenizer"] = tokenizer
+    ids = prompt(1, 1984) % tokenizer.vocab_size
+    given = {"max_new_tokens": 4 if quick else 32, "do_sample": False, "pad_token_id": 0}
+    kept = model.generate(ids[:, :-1], max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    return Pair(
+        lambda: model.generate(ids, past_key_values=kept, **given, **more),
+        lambda: model.generate(ids, past_key_values=kept, **given),
+    )
+
+
 MODES: dict[str, Mode] = {
     "beams": Mode(f"4 beams, prompt of 512, {NAMES['T']} shape, bf16", "transformers", 1.5, beams),
     "contrastive": Mode(f"contrastive search, top_k=4, {NAMES['T']} shape, bf16", "our 4 beams", 0.8, contrastive),
     "dola": Mode(f"DoLa, 8 early layers, 4 prompts, {NAMES['T']} shape, bf16", "our greedy", 0.7, dola),
+    "lookup": Mode(f"prompt lookup on text that repeats, {NAMES['T']} shape", "plain greedy", 1.5, lookup),
+    "assisted": Mode("built-in draft, 1 row", "plain greedy", 1.3, partial(assisted, 1)),
+    "assisted8": Mode("built-in draft, 8 rows", "plain greedy", 1.0, partial(assisted, 8)),
+    "stop_strings": Mode(
+        f"stop_strings at 2,000 tokens, {NAMES['T']} shape", "without", 0.95, partial(rules, stop_strings=["The end!?"])
+    ),
+    "ngrams": Mode(
+        f"no_repeat_ngram_size at 2,000 tokens, {NAMES['T']} shape",
+        "without",
+        0.95,
+        partial(rules, no_repeat_ngram_size=3),
+    ),
 }
 
 

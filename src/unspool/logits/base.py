@@ -16,16 +16,18 @@ ProcessorLike = Callable[..., Tensor]
 class LogitsProcessor:
     """Base class of everything that changes next-token scores.
 
-    Subclass it and define `__call__`. The two class attributes tell the decoding core what a processor needs; the
+    Subclass it and define `__call__`. The class attributes tell the decoding core what a processor needs; the
     values here are the careful ones, right for any processor of a user.
 
     Attributes:
         reads_history: the contents of `input_ids` matter, not only its shape.
+        reads_width: how many columns `input_ids` has matters. Without, and without `reads_history`, it may have none.
         row_independent: the result of a row depends on that row alone, so finished rows may leave the batch. One that
             must know which rows are left has a method `on_rows(input_ids, scores, rows)`, called in place of itself.
     """
 
     reads_history: bool = True
+    reads_width: bool = True
     row_independent: bool = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -83,6 +85,11 @@ class LogitsProcessorList(list[ProcessorLike]):
     def reads_history(self) -> bool:
         """Some processor needs the contents of `input_ids`, not only its shape."""
         return any(getattr(processor, "reads_history", True) for processor in self)
+
+    @property
+    def reads_width(self) -> bool:
+        """Some processor needs the shape of `input_ids`, or its contents."""
+        return self.reads_history or any(getattr(processor, "reads_width", True) for processor in self)
 
     def _extra_arguments(self, processor: ProcessorLike) -> tuple[dict[str, bool], bool]:
         """Arguments after `(input_ids, scores)` as `{name: required}`, and whether any name is taken. Read once."""

@@ -12,6 +12,7 @@ class InfNanRemoveLogitsProcessor(LogitsProcessor):
     """Replace NaN by 0, and infinities by the greatest and least finite value of the type."""
 
     reads_history = False
+    reads_width = False
     row_independent = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -23,6 +24,7 @@ class LogitNormalization(LogitsProcessor):
     """Turn scores into log-probabilities, so that scores of different steps can be summed."""
 
     reads_history = False
+    reads_width = False
     row_independent = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

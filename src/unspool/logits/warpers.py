@@ -18,6 +18,7 @@ class _Warper(LogitsProcessor):
     """A processor that looks at the scores only."""
 
     reads_history = False
+    reads_width = False
     row_independent = True
 
 

@@ -82,7 +82,9 @@ class RaggedChooser:
 
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
         """Decide what follows each of `rows`; see `Chooser`."""
-        scores = logits.float()
+        # the greatest of logits is at the same place in any dtype: nothing is converted for it alone
+        plain = self._noise is None and self._process is None and self._ensemble is None
+        scores = logits if plain and not self._keep_scores and not self._keep_logits else logits.float()
         raw = (scores.clone() if self._process else scores) if self._keep_logits else None
         if self._process is not None:
             scores = self._processed(scores, rows, self._process)
@@ -112,8 +114,8 @@ class RaggedChooser:
     def _independent(self, scores: Tensor, rows: Items[Sequence]) -> list[list[int]]:
         """What each position of each row would choose, -1 where there is nothing to choose."""
         if self._noise is None:
-            tokens = scores.argmax(dim=-1)
-            fine = ~scores.gather(1, tokens[:, None])[:, 0].isnan()
+            value, tokens = scores.max(dim=-1)
+            fine = ~value.isnan()
         else:
             ratio = scores.softmax(dim=-1).div_(self._noise.ahead(rows, scores.shape[1]))
             tokens = ratio.argmax(dim=-1)
@@ -150,7 +152,11 @@ class RaggedChooser:
         return [*row.draft[:count], token]
 
     def _processed(self, scores: Tensor, rows: Items[Sequence], process: LogitsProcessorList) -> Tensor:
-        """Run the processors on all positions, those of one width together."""
+        """Run the processors on all positions, those of one width together; on all at once where no one looks at it."""
+        if not process.reads_width:
+            each = [row.row for row in rows for _ in range(1 + len(row.draft))]
+            ids = torch.empty(len(each), 0, dtype=torch.int64, device=scores.device)
+            return process.on_rows(ids, scores, torch.tensor(each, device=scores.device))
         by_width: defaultdict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
         place = 0
         for row in rows:

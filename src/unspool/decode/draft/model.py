@@ -58,6 +58,7 @@ class ModelDrafter:
         self._positions = positions
         self._drafted: list[list[int]] = [[] for _ in mirrors]
         self._distributions: dict[int, list[Tensor]] | None = {} if distributions else None
+        self._drafting = 0
         self._limits = [0] * len(mirrors)
 
     def draft(self, rows: Items[Sequence]) -> None:
@@ -87,7 +88,8 @@ class ModelDrafter:
             self._paces[row.row].made(len(row.draft))
 
     def _run(self, mirrors: list[Sequence]) -> None:
-        """Decode with the draft model until every mirror has its draft."""
+        """Decode with the draft model until every mirror has its draft, or most of them."""
+        self._drafting = len(mirrors)
         scheduler = StaticScheduler(
             Group(mirrors, self._chooser, self),
             self._runner,
@@ -106,12 +108,11 @@ class ModelDrafter:
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """Take one step's tokens of the draft model; see `Sink`."""
         assert choice.scores is not None
-        needed = self._rules.confidence > 0 or self._distributions is not None
-        distributions = choice.scores.softmax(dim=-1) if needed else choice.scores
-        sure = None
-        if self._rules.confidence > 0:
-            picked = torch.tensor(tokens, device=self._device).clamp_min(0)
-            sure = (distributions.gather(1, picked[:, None])[:, 0] >= self._rules.confidence).tolist()
+        confidence, sure = self._rules.confidence, None
+        if confidence > 0:
+            picked = choice.scores.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0]
+            sure = (picked - choice.scores.logsumexp(dim=-1) >= math.log(confidence)).tolist()
+        distributions = choice.scores if self._distributions is None else choice.scores.softmax(dim=-1)
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
                 row.finish = "stop"
@@ -123,6 +124,10 @@ class ModelDrafter:
                 self._distributions[row.row].append(distributions[i])
             full = len(drafted) >= self._limits[row.row]
             if full or token in self._rules.eos or (sure is not None and not sure[i]):
+                row.finish = "stop"
+        going = sum(row.finish is None for row in rows)
+        if 2 * going < self._drafting:  # a step for few rows costs as much as one for many
+            for row in rows:
                 row.finish = "stop"
 
     def _follow(self, mirror: Sequence, known: list[int]) -> None:
