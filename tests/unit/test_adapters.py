@@ -313,3 +313,19 @@ def test_built_in_adapter() -> None:
     torch.manual_seed(0)
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=80, do_sample=True)[0])
     assert " o' " in text or "Arr" in text or "mate" in text
+
+
+def test_bf16(both: Any, adapter: Path, tmp_path: Path) -> None:
+    """The kernels' products, where the processor has them, agree with plain ones; copies keep working."""
+    weights = {
+        name: torch.cat([tensor, tensor], dim=0 if "lora_A" in name else 1) for name, tensor in tensors(1).items()
+    }
+    both.load_adapter(write(tmp_path / "even", weights, r=6, lora_alpha=6), "even")
+    both.to(torch.bfloat16)
+    ids = torch.tensor([PROMPT])
+    exact = both(ids, adapter_names=["even"]).logits.float()  # plain products, which gradients need
+    for model in (both, copy.deepcopy(both)):
+        with torch.no_grad():
+            fast = model(ids, adapter_names=["even"]).logits.float()
+            bare = model(ids, adapter_names=[None]).logits.float()
+        assert (fast - exact).abs().max() < 0.05 * (exact - bare).abs().max()
