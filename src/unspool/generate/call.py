@@ -108,6 +108,10 @@ class Backend(Protocol):
         """The result as the caller gets it, with what only the backend knows."""
         ...
 
+    def idle(self) -> None:
+        """Run the model once for nothing, because another process runs it too."""
+        ...
+
     def fault(self, row: Sequence) -> str:
         """Say where a row's NaN came from, for an error message, after the fact."""
         ...
@@ -158,6 +162,7 @@ class Call:
         past: stored keys and values of an earlier call, or `None`.
         foreign: processors or criteria of the caller's own take part.
         assistant: the draft model, or `None`.
+        synced: other processes run their share of the same model, and all as often; see `generate.synced`.
         negative: the negative prompts of all rows and their mask, when guidance adds rows for them.
         kept: scores and logits that were asked for.
         tracer: takes attentions and hidden states, or `None`.
@@ -175,6 +180,7 @@ class Call:
     foreign: bool
     assistant: Assistant | None = None
     negative: tuple[Tensor, Tensor] | None = None
+    synced: bool = False
     kept: Kept = field(init=False)
     tracer: Tracer | None = field(init=False)
 

@@ -265,6 +265,14 @@ class RowsBackend:
         }
         return kind(**{one.name: values[one.name] for one in fields(kind) if one.name in values})
 
+    def idle(self) -> None:
+        """See `Backend`."""
+        arguments: dict[str, Any] = {self.foreign.ids_name: self._ids.new_zeros(1, 1), "use_cache": False}
+        if self._encoded is not None:
+            arguments["encoder_outputs"] = self._encoded
+            arguments[self.foreign.ids_name] = self._ids.new_zeros(self._ids.shape[0], 1)
+        self.foreign.call(arguments)
+
     def fault(self, row: Sequence) -> str:
         """See `Backend`."""
         name = type(self.foreign.module).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence as Items
+from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from unspool.generate.reading import Arguments, Source
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
 from unspool.generate.stream import Stream
+from unspool.generate.synced import check_synced
 from unspool.generate.vocabularies import read_tokenizers, tongue
 from unspool.logits import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -76,6 +77,9 @@ class GenerationMixin:
             logits_processor: processors of your own, run with the configured ones.
             stopping_criteria: criteria of your own, asked with the configured ones.
             prefix_allowed_tokens_fn: `(row, tokens so far) -> allowed token ids` for every step.
+            synced_gpus: several processes each decode prompts of their own with a model whose weights are spread over
+                them (FSDP, ZeRO-3); one whose rows have ended goes on taking part until all have. Needs an initialised
+                `torch.distributed`; not with drafts.
             streamer: gets the prompt, then every step's tokens, then `end()`; when the call fails, `fail(error)`. With
                 beams it has a row for each prompt, and gets tokens once everything that may become its best output
                 begins with them.
@@ -107,7 +111,7 @@ class GenerationMixin:
 
         Source: `GenerationMixin.generate` of transformers v5.2.
         """
-        refuse_arguments({"synced_gpus": synced_gpus})
+        synced = check_synced(synced_gpus)
         trust = kwargs.pop("trust_remote_code", None)
         if isinstance(custom_generate, (str, os.PathLike)):
             function = load_custom_generate(custom_generate, trust, **kwargs)
@@ -140,7 +144,10 @@ class GenerationMixin:
                 negative_prompt_ids,
                 negative_prompt_attention_mask,
             )
+            if synced:
+                _refuse_synced(resolved.config, assistant_model is not None, self._source())
             call = self._prepare(arguments, resolved, given)
+            call.synced = synced
             if custom_generate is None:
                 result = run(call)
             else:
@@ -286,16 +293,15 @@ _INPUTS = {
     "tokenizer",
 }
 
-# Arguments of `generate()` that are still to come.
-_ARGUMENTS = ("synced_gpus",)
 
-
-def refuse_arguments(given: Mapping[str, Any]) -> None:
-    """Raise `Unsupported` for an argument that no mode of this version takes."""
-    for name in _ARGUMENTS:
-        value = given.get(name)
-        if value is not None and value is not False:
-            raise Unsupported(f"generate({name}=...) is not supported in this version")
+def _refuse_synced(config: GenerationConfig, assisted: bool, source: Source) -> None:
+    """Raise `Unsupported` where a step may run the model more than once, which other processes could not follow."""
+    extra = is_guided(config) and source.module is not None
+    if extra or config.token_healing or mode_of(config, assisted) is GenerationMode.ASSISTED_GENERATION:
+        raise Unsupported(
+            "synced_gpus keeps processes in step by one run of the model in each; leave out drafts, token_healing, and "
+            "guidance_scale on modules that are not ours"
+        )
 
 
 def _refuse_drafts(mode: GenerationMode) -> None:

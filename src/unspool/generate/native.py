@@ -82,6 +82,10 @@ class NativeBackend:
         """See `Backend`: nothing to add."""
         return result
 
+    def idle(self) -> None:
+        """See `Backend`."""
+        self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+
     def fault(self, row: Sequence) -> str:
         """See `Backend`."""
         return find_fault(self.model, row)

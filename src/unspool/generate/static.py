@@ -12,7 +12,7 @@ from torch import Tensor
 from unspool.config import GenerationMode
 from unspool.config.mode import mode_of
 from unspool.decode.loop import Loop
-from unspool.decode.plan import StaticScheduler
+from unspool.decode.plan import Scheduler, StaticScheduler
 from unspool.decode.sequence import Sequence
 from unspool.generate.assisted import set_up_assisted
 from unspool.generate.beams import set_up_beams
@@ -22,6 +22,7 @@ from unspool.generate.dola import set_up_dola
 from unspool.generate.guidance import guided
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.sampling import set_up_sampling
+from unspool.generate.synced import SyncedScheduler
 from unspool.logits.guidance import GuidanceLogitsProcessor
 
 _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
@@ -48,7 +49,7 @@ def run(call: Call) -> Tensor | GenerateOutput:
     runner = call.backend.runner(
         rows, copies, call.steps, call.past, forks=setup.forks, drafts=drafts, alike=setup.candidates > 1
     )
-    scheduler = StaticScheduler(
+    scheduler: Scheduler = StaticScheduler(
         setup.group,
         runner,
         steps=call.steps + setup.ahead,
@@ -57,6 +58,8 @@ def run(call: Call) -> Tensor | GenerateOutput:
         keep_finished=setup.keep_finished,
         keep_stored=call.detailed and setup.gives_past,
     )
+    if call.synced:
+        scheduler = SyncedScheduler(scheduler, call.backend.idle, call.backend.device)
     recomputes = call.backend.recompute_past is not None
     in_step = setup.in_step or setup.keep_finished or recomputes
     loop = Loop(runner, scheduler, device=call.backend.device, in_step=in_step)
@@ -67,7 +70,7 @@ def run(call: Call) -> Tensor | GenerateOutput:
 
 def _mode(call: Call) -> AbstractContextManager[Any]:
     """Inference mode, unless its tensors would reach the caller, who may want to compute with them."""
-    seen = call.every_row or call.detailed or call.foreign or not call.backend.abilities.inference_mode
+    seen = call.synced or call.every_row or call.detailed or call.foreign or not call.backend.abilities.inference_mode
     return torch.no_grad() if seen else torch.inference_mode()
 
 

@@ -24,7 +24,7 @@ from unspool.bridge.module import Foreign
 from unspool.config import GenerationConfig, GenerationMode, resolve
 from unspool.config.mode import mode_of
 from unspool.errors import Unsupported
-from unspool.generate.mixin import GenerationMixin, refuse_arguments
+from unspool.generate.mixin import GenerationMixin
 from unspool.interop import inner
 from unspool.interop.notes import note
 
@@ -216,7 +216,6 @@ def _declined(module: Any, given: dict[str, Any], rest: dict[str, Any]) -> str |
     if rest.get("cache_implementation") == "paged":
         return "cache_implementation='paged' asks for transformers' continuous batching"
     try:
-        refuse_arguments(given)
         config = resolve(rest, given.get("generation_config"), getattr(module, "generation_config", None)).config
     except Unsupported as error:
         return str(error)
