@@ -361,6 +361,21 @@ def test_drafts(family: str, rows: int, how: str, tmp_path: Path, monkeypatch: p
         assert 0.1 < found.acceptance_rate < 1.0
 
 
+@pytest.mark.parametrize("drafts", ["model", "lookup"])
+def test_sampled_drafts_are_transformers_own(drafts: str) -> None:
+    """After the same `torch.manual_seed`, one row's sampled text with drafts is transformers' assisted text."""
+    model, draft = make_model("llama"), make_model("llama", seed=1)
+    given: dict[str, Any] = {"assistant_model": draft} if drafts == "model" else {"prompt_lookup_num_tokens": 4}
+    ids = torch.tensor([[5, 9, 11, 3, 8, 9, 11, 44, 51, 9, 11]])
+    texts = []
+    for each in (model, unspool.wrap(model)):
+        torch.manual_seed(5)
+        out = each.generate(ids, max_new_tokens=20, do_sample=True, top_k=20, temperature=1.3, eos_token_id=None,
+                            pad_token_id=0, suppress_tokens=[0], **given)  # fmt: skip
+        texts.append(out.tolist())
+    assert texts[0] == texts[1]
+
+
 def test_drafts_of_an_encoder_decoder() -> None:
     from architectures import SEQ2SEQ
 
