@@ -290,7 +290,7 @@ def test_keys_and_values_go_with_the_call(model: Any, monkeypatch: pytest.Monkey
     gc.collect()
     assert stores
     assert all(store() is None for store in stores)
-    assert sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) == tensors
+    assert sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) <= tensors
 
 
 def test_the_device_is_asked_nothing_but_the_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
