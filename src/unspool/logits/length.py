@@ -124,7 +124,8 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         top = torch.finfo(scores.dtype).max
         # Capped where the power leaves the range of floats, so that a long row ends instead of failing.
         penalty = (picked.abs() * self._growth(excess, top)).clamp(max=top)
-        return scores.index_copy(1, eos, picked + penalty.masked_fill(~picked.isfinite(), 0.0))
+        raised = (picked + penalty).masked_fill(penalty >= top, top)
+        return scores.index_copy(1, eos, raised.where(picked.isfinite(), picked))
 
     def _growth(self, excess: int, top: float) -> float:
         try:
