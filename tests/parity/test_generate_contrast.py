@@ -13,9 +13,9 @@ from families import make_checkpoint
 from torch.nn import functional as F
 
 import unspool
+from unspool.decode.choose.dola import early_layers
 from unspool.decode.runner import PagedRunner
 from unspool.errors import NonFiniteLogits, Unsupported
-from unspool.generate.dola import early_layers
 
 STORED = json.loads((Path(__file__).parent / "fixtures" / "contrast_v4.json").read_text())
 PROMPTS = [[5, 9, 11, 3, 8], [17, 4], [23, 31, 31]]

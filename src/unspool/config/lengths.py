@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unspool.config.fields import GenerationFields
 from unspool.config.notice import warn_once
 from unspool.config.ranges import Check, check_number
 from unspool.config.resolve import Resolved
 
-__all__ = ["Lengths", "effective_lengths"]
+__all__ = ["Lengths", "effective_lengths", "end_tokens"]
 
 _LONGEST = 2**31 - 1
 
@@ -88,6 +89,14 @@ def effective_lengths(
     if min_length > max_length and (resolved.caller_set("min_length") or resolved.caller_set("min_new_tokens")):
         warn_once(f"the least length ({min_length}) is above the greatest ({max_length}), at which generation stops")
     return Lengths(prompt_length, max_length, min_length)
+
+
+def end_tokens(config: GenerationFields) -> list[int]:
+    """A configuration's end tokens, as a list."""
+    value = config.eos_token_id
+    if value is None:
+        return []
+    return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def _max_length(resolved: Resolved, prompt_length: int, max_positions: int | None, embeds_length: int) -> int:

@@ -10,22 +10,18 @@ from torch import Tensor
 
 from unspool.decode.choose.ragged import Columns, RaggedChooser
 from unspool.decode.choose.sample import GlobalNoise, SeededNoise
+from unspool.decode.draft.assistant import DraftModel, model_drafter
 from unspool.decode.draft.lookup import Lookup
 from unspool.decode.draft.model import ModelDrafter
-from unspool.decode.draft.rules import draft_rules, draft_setting
-from unspool.decode.draft.words import SameText, SharedWords, Words
 from unspool.decode.runner import Runner
-from unspool.decode.sequence import Choice, Chooser, Drafter, Group, Sequence
+from unspool.decode.sequence import Choice, Drafter, Group, Sequence
+from unspool.decode.tops import Tops
 from unspool.errors import Unsupported
 from unspool.generate.call import Assistant, Call, Setup
-from unspool.generate.inputs import end_tokens
 from unspool.generate.outputs import Draft, GenerateDecoderOnlyOutput
 from unspool.generate.recorder import refuse_nothing
 from unspool.generate.sampling import sequences
 from unspool.generate.stream import Stream
-from unspool.generate.tops import Tops
-from unspool.generate.vocabularies import shared_tokens, tongue
-from unspool.logits import warped_again
 from unspool.stopping import Limits
 
 
@@ -189,62 +185,28 @@ def _model_drafter(
     room: Callable[[Sequence], int],
     noise: GlobalNoise | SeededNoise | None,
 ) -> ModelDrafter:
-    processors = call.processors
-    if isinstance(noise, GlobalNoise) and assistant.tokenizers is None:
-        # transformers warps a draft's scores twice, and its draws depend on it
-        processors = warped_again(processors, call.config)
-    mirrors = call.rows()
-    if assistant is call.assistant:
-        for mirror in mirrors:
-            mirror.adapter = assistant.adapter
-    drawn = isinstance(noise, GlobalNoise) or call.config.assistant_ensemble_weight is not None
-    eos = call.limits.eos
-    chooser: Chooser = RaggedChooser(
-        Columns(call.prompts.rectangle.to(assistant.backend.device), [len(row.tokens) for row in rows]),
-        processors or None,
-        noise,
-        keep_scores=True,
+    backend, own = assistant.backend, assistant is call.assistant
+    draft = DraftModel(
+        lambda mirrors: backend.runner(mirrors, 1, call.steps, None, forks=False, drafts=True),
+        backend.device,
+        backend.vocab,
+        backend.positions,
+        backend.recompute_past,
+        assistant.config,
+        assistant.tokenizers,
+        [assistant.adapter if own else row.adapter for row in rows],
     )
-    words: Words | None = None
-    if assistant.tokenizers is not None and noise is None and not drawn:
-        words, eos = _same_text(call, assistant), frozenset(end_tokens(assistant.config))
-        chooser = RaggedChooser(Columns(call.prompts.rectangle, []), None, None, keep_scores=True)
-    elif assistant.tokenizers is not None:
-        chooser = words = _shared_words(call, assistant, chooser)
-    if words is not None:
-        for mirror in mirrors:
-            mirror.tokens = words.known(mirror)
-    return ModelDrafter(
-        assistant.backend.runner(mirrors, 1, call.steps, None, forks=False, drafts=True),
-        mirrors,
-        chooser,
-        draft_rules(call.config, assistant.config, eos),
-        room,
-        assistant.backend.device,
-        recompute_past=assistant.backend.recompute_past,
-        distributions=drawn,
-        words=words,
-        positions=assistant.backend.positions,
+    return model_drafter(
+        draft,
+        rows,
+        call.prompts.rectangle,
+        config=call.config,
+        eos=call.limits.eos,
+        vocab=call.backend.vocab,
+        processors=call.processors,
+        noise=noise,
+        room=room,
     )
-
-
-def _same_text(call: Call, assistant: Assistant) -> SameText:
-    assert assistant.tokenizers is not None
-    ours, theirs = map(tongue, assistant.tokenizers)
-    behind, draft_behind = (
-        int(draft_setting(call.config, assistant.config, name))
-        for name in ("target_lookbehind", "assistant_lookbehind")
-    )
-    return SameText(len(call.prompts.tokens), ours, theirs, behind, draft_behind)
-
-
-def _shared_words(call: Call, assistant: Assistant, chooser: Chooser) -> SharedWords:
-    assert assistant.tokenizers is not None
-    ours, theirs = map(tongue, assistant.tokenizers)
-    vocab, backend = call.backend.vocab, assistant.backend
-    pairs = shared_tokens(*assistant.tokenizers).items()
-    shared = {token: other for token, other in pairs if token < vocab and other < backend.vocab}
-    return SharedWords(chooser, call.rows(), shared, vocab, ours, theirs, backend.device)
 
 
 def _allowed(call: Call, columns: Columns) -> Callable[[Sequence, list[int]], int]:

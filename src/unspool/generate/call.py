@@ -13,11 +13,11 @@ from unspool.config import GenerationConfig
 from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Group, Sequence
+from unspool.decode.tops import Tops
 from unspool.generate.inputs import Prompts
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.recorder import Kept, Tracer
 from unspool.generate.stream import Stream
-from unspool.generate.tops import Tops
 from unspool.logits import LogitsProcessorList
 from unspool.models.adapters import Adapter
 from unspool.stopping import Limits

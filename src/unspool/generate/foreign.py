@@ -13,10 +13,11 @@ from unspool.bridge.drafts import DraftRows
 from unspool.bridge.module import Foreign
 from unspool.bridge.rows import Record, RowsRunner
 from unspool.config import GenerationConfig
+from unspool.config.lengths import end_tokens
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
 from unspool.generate.call import Abilities, Backend, Exits
-from unspool.generate.inputs import Prompts, end_tokens
+from unspool.generate.inputs import Prompts
 from unspool.generate.outputs import (
     GenerateBeamDecoderOnlyOutput,
     GenerateBeamEncoderDecoderOutput,

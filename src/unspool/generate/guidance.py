@@ -1,4 +1,4 @@
-"""Guidance in a static call: every row gets another half, which follows the negative prompt, in the same batch."""
+"""Guidance in a static call: the negative prompts, and the rows that follow them in the same batch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unspool.decode.choose.guided import GuidedChooser, GuidedSink
-from unspool.decode.sequence import Group, Sequence, Want, Watch, Work
-from unspool.errors import Unsupported
+from unspool.decode.choose.guided import guided_group
 from unspool.generate.call import Call, Setup
 from unspool.generate.inputs import Prompts
 from unspool.logits.guidance import GuidanceLogitsProcessor
@@ -44,49 +42,10 @@ def read_negative(ids: Any, mask: Any, prompts: Prompts, copies: int) -> tuple[T
 
 def guided(setup: Setup, call: Call, guidance: GuidanceLogitsProcessor, ids: Tensor, mask: Tensor) -> Setup:
     """The same decoding with rows for the negative prompts `ids` `[rows, columns]` beside the rows."""
-    group = setup.group
-    if group.drafter is not None:
-        raise Unsupported("guidance_scale and drafts cannot be combined; leave out one of them")
-    rows = group.rows
+    group, times = setup.group, setup.candidates
     tokens = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
-    longest = max(map(len, tokens)) + call.steps
-    if not all(tokens):
-        raise ValueError("negative_prompt_ids has a row without a token that negative_prompt_attention_mask keeps")
-    if longest > call.backend.positions:
-        raise ValueError(
-            f"negative_prompt_ids and the output need {longest} positions and the model has {call.backend.positions}; "
-            "shorten the negative prompt or lower max_new_tokens"
-        )
-    times = setup.candidates
-    others = [Sequence(len(rows) + i, list(tokens[i // times]), adapter=row.adapter) for i, row in enumerate(rows)]
-    both = Group(
-        [*rows, *others],
-        GuidedChooser(group.chooser, guidance),
-        GuidedSink(group.sink),
-        twins=None if group.twins is None else [*group.twins, *(call.twins(others, times) or [])],
-        watch=None if group.watch is None else _FirstHalf(group.watch),
-    )
+    prompts = [tokens[i // times] for i in range(len(group.rows))]
+    both = guided_group(group, guidance, prompts, steps=call.steps, positions=call.backend.positions)
+    if group.twins is not None:
+        both.twins = [*group.twins, *(call.twins(both.rows[len(group.rows) :], times) or [])]
     return replace(setup, group=both)
-
-
-class _FirstHalf:
-    """Shows a watch the rows without their other halves."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-
-    @property
-    def want(self) -> Want:
-        """See `Watch`."""
-        return self._watch.want
-
-    def __call__(self, work: list[Work], weights: list[list[Tensor]], hidden: list[Tensor]) -> None:
-        """See `Watch`."""
-        half = [item.seq.row < len(item.group.rows) // 2 for item in work]
-        fed = torch.tensor([keep for keep, item in zip(half, work, strict=True) for _ in range(item.feed)])
-        kept = [item for keep, item in zip(half, work, strict=True) if keep]
-        self._watch(
-            kept,
-            [[part for keep, part in zip(half, layer, strict=True) if keep] for layer in weights],
-            [layer[fed.to(layer.device)] if layer.shape[0] else layer for layer in hidden],
-        )

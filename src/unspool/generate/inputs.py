@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unspool.config import GenerationConfig
 from unspool.models.adapters import Adapter
 from unspool.models.base import ModelSpec
 
@@ -47,14 +46,6 @@ class Prompts:
         if not self.mask.shape[1] or bool(self.mask[:, 0].all()):
             return None
         return self.mask.int().argmax(dim=1)
-
-
-def end_tokens(config: GenerationConfig) -> list[int]:
-    """A configuration's end tokens, as a list."""
-    value = config.eos_token_id
-    if value is None:
-        return []
-    return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def read_prompts(

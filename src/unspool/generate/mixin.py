@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from unspool.config import GenerationConfig, GenerationMode, Resolved, effective_lengths, resolve
 from unspool.config.fields import FIELDS
+from unspool.config.lengths import end_tokens
 from unspool.config.mode import mode_of
 from unspool.config.resolve import as_generation_config
 from unspool.decode.choose.beam_rules import beam_filler
+from unspool.decode.draft.vocabularies import read_tokenizers, tongue
 from unspool.errors import Unsupported
 from unspool.generate.call import Assistant, Call
 from unspool.generate.custom import call_custom, load_custom_generate, own_arguments
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.guidance import read_negative
-from unspool.generate.inputs import Prompts, end_tokens
+from unspool.generate.inputs import Prompts
 from unspool.generate.native import NativeSource
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Source
@@ -28,7 +30,6 @@ from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
 from unspool.generate.stream import Stream
 from unspool.generate.synced import check_synced
-from unspool.generate.vocabularies import read_tokenizers, tongue
 from unspool.logits import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     build_processors,

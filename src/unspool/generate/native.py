@@ -11,6 +11,7 @@ from torch import Tensor
 from unspool.cache import PagedStore, PastKeyValues
 from unspool.cache.past import PastRow
 from unspool.config import GenerationConfig
+from unspool.config.lengths import end_tokens
 from unspool.config.unknown import no_use_for
 from unspool.decode.draft.layers import FirstLayers
 from unspool.decode.fault import find_fault
@@ -19,7 +20,7 @@ from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
 from unspool.generate.call import Abilities, Exits
 from unspool.generate.healing import heal_prompts
-from unspool.generate.inputs import end_tokens, read_embeds, read_prompts
+from unspool.generate.inputs import read_embeds, read_prompts
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Reading
 from unspool.models.adapters import BASE

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from unspool.generate.tops import TopLogprobs
+from unspool.decode.tops import TopLogprobs
 from unspool.twins import seen_as
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from unspool.decode.choose.sample import Rectangle
 from unspool.decode.sequence import Choice, Sequence, Want, Work
+from unspool.decode.tops import Tops
 from unspool.errors import NonFiniteLogits
 from unspool.generate.stream import Stream
-from unspool.generate.tops import Tops
 from unspool.stopping import Limits
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from unspool.bridge.module import Foreign
 from unspool.config import GenerationConfig
+from unspool.config.lengths import end_tokens
 from unspool.config.resolve import as_generation_config
 from unspool.decode.choose.beam_rules import beam_filler
 from unspool.generate.call import Call
 from unspool.generate.foreign import RowsBackend, rows_of
-from unspool.generate.inputs import end_tokens
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.static import run
 from unspool.generate.stream import Stream

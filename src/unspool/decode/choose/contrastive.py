@@ -7,15 +7,16 @@ proposed, by its own hidden state (Su et al., 2022, https://arxiv.org/abs/2202.0
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from unspool.decode.choose.sample import Rectangle
-from unspool.decode.sequence import Choice, Sequence, Sink, Want, Watch, Work
+from unspool.decode.sequence import Choice, Group, Sequence, Sink, Want, Watch, Work
 from unspool.logits import LogitsProcessorList
 from unspool.logits.guidance import GuidanceLogitsProcessor
 
@@ -110,7 +111,7 @@ class ContrastiveChooser:
         candidates: int,
         alpha: float,
         layer: int,
-        keep_finished: bool,
+        keep_finished: bool = False,
         guidance: GuidanceLogitsProcessor | None = None,
         watch: Watch | None = None,
         keep_scores: bool = False,
@@ -140,13 +141,17 @@ class ContrastiveChooser:
         return own if self._watch is None else own | self._watch.want
 
     def __call__(self, work: list[Work], weights: list[list[Tensor]], hidden: list[Tensor]) -> None:
-        """See `Watch`. Prompts are fed by one row for each; later all rows are."""
+        """See `Watch`. Prompts are fed by one row for each at first; later all rows are."""
         parts = torch.split(hidden[self._layer], [item.feed for item in work])
         prompts = [item.seq.row // self._candidates for item in work]
         if self._proposed is None:
             for prompt, item, part in zip(prompts, work, parts, strict=True):
                 self._directions.fill(prompt, item.seq.computed - item.feed, part)
             self._show(list(range(len(work))), prompts, (work, weights, hidden))
+            return
+        if not all(item.keep for item in work):  # rows are computed anew up to the candidate
+            for prompt, item, part in zip(prompts, work, parts, strict=True):
+                self._directions.fill(prompt, item.seq.computed - item.feed, part)
             return
         newest = torch.stack([part[-1] for part in parts])
         self._newest = newest.view(-1, self._candidates, newest.shape[1])
@@ -234,3 +239,72 @@ def _some(layer: Tensor, feeds: list[int], places: list[int]) -> Tensor:
         return layer
     parts = torch.split(layer, feeds)
     return torch.cat([parts[place] for place in places])
+
+
+@dataclass(slots=True, eq=False)
+class CandidateSink:
+    """Makes candidates what their rows are fed next (see `decode.sequence.Sink`).
+
+    Attributes:
+        texts: a row for each prompt, which has ended when its candidates' rows have.
+        candidates: rows of each.
+        refuse: told of a text without a candidate; ends it, or raises.
+    """
+
+    texts: list[Sequence]
+    candidates: int
+    refuse: Callable[[Sequence], Any]
+
+    def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
+        """Append, and end rows with their texts."""
+        for row, token in zip(rows, tokens, strict=True):
+            text = self.texts[row.row // self.candidates]
+            row.finish = text.finish
+            if token < 0 and text.finish is None:
+                self.refuse(text)
+            row.tokens.append(max(0, token))  # rows that ended may be fed on
+
+
+def contrastive_group(
+    texts: list[Sequence],
+    sink: Sink,
+    history: Rectangle,
+    processors: LogitsProcessorList,
+    refuse: Callable[[Sequence], Any],
+    *,
+    candidates: int,
+    alpha: float,
+    layer: int,
+    vocab: int,
+    **options: Any,
+) -> Group:
+    """The group of rows that try candidates for `texts`, whose settled tokens go to `sink`.
+
+    Args:
+        refuse: see `CandidateSink`.
+        vocab: how many tokens there are.
+        options: `keep_finished`, `watch`, `keep_scores` and `keep_logits`, and the other arguments: see
+            `ContrastiveChooser`.
+
+    Raises:
+        ValueError: there are not so many tokens.
+    """
+    if candidates > vocab:
+        raise ValueError(f"top_k={candidates} asks for more candidates than the {vocab} tokens there are")
+    rows = [
+        Sequence(text.row * candidates + i, list(text.tokens), embeds=text.embeds, adapter=text.adapter)
+        for text in texts
+        for i in range(candidates)
+    ]
+    chooser = ContrastiveChooser(
+        texts,
+        sink,
+        history,
+        processors or None,
+        candidates=candidates,
+        alpha=alpha,
+        layer=layer,
+        guidance=next((one for one in processors if isinstance(one, GuidanceLogitsProcessor)), None),
+        **options,
+    )
+    return Group(rows, chooser, CandidateSink(texts, candidates, refuse), watch=chooser)
