@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ CORPUS = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for each of several test processes: threads of all would wait for each other's cores."""
+    """Processes as tests need them.
+
+    Ctrl-C reaches the programs that tests start, also where the tests themselves run in a shell's background; and each
+    of several test processes has one thread, since threads of all would wait for each other's cores.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 
