@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 KERNELS = Path("src/unspool/kernels")
 # No -march: each function names the instructions it needs, and is called where the processor has them. Sums of products
 # are fused only where the code says so.
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-g0", "-Wextra", "-Wno-uninitialized"]
+FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-g0", "-Wextra", "-Wno-uninitialized"]
 
 
 class Build(build_ext):
@@ -36,7 +36,6 @@ setup(
             sources=sorted(map(str, KERNELS.glob("*.cpp"))),
             depends=sorted(map(str, KERNELS.glob("*.h"))),
             extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
             language="c++",
             optional=True,
         )

@@ -19,7 +19,7 @@ from unspool.kernels import native
 
 PACKAGE = Path(unspool.__file__).parent
 TESTS = Path(__file__).parent
-FLAGS = ["-O1", "-g", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+FLAGS = ["-O1", "-g", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 OVERFLOW = """

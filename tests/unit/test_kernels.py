@@ -198,6 +198,28 @@ print(before == openmp(), len(before))
     assert python(code) == "True 1\n"
 
 
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_after_threads_ran_computes_the_same() -> None:
+    """The child has none of the parent's threads, for which OpenMP would wait for ever."""
+    code = """
+import os, signal, warnings
+import torch
+from unspool.kernels import elementwise
+torch.set_num_threads(2)
+x = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    expected = elementwise.silu_gate(x)
+    warnings.simplefilter("ignore")  # Python's own, of a fork beside threads
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(int(elementwise.silu_gate(x).numpy().tobytes() != expected.numpy().tobytes()))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert python(code) == "0\n"
+
+
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 def test_installs_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -6,14 +6,15 @@
 // threads, so a token's results are the same bits alone and in company, from a whole prompt and from chunks of it.
 
 #include "attention_tile.h"
+#include "parallel.h"
 
+#include <atomic>
 #include <cmath>
 #include <new>
 #include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
-#include <omp.h>
 
 namespace unspool {
 namespace {
@@ -395,25 +396,25 @@ void run(const Step& step, Work& work, int threads) {
     float* aligned = work.scratch.data();
     while (reinterpret_cast<std::uintptr_t>(aligned) % 64) aligned++;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (i64 i = 0; i < writes; i++)
-            write<typename F::Number>(step, work.writes[static_cast<std::size_t>(i)]);
-        const Scratch own = Scratch::at<F>(aligned + omp_get_thread_num() * size, step, work.rows);
+    std::atomic<i64> next_item{items - 1}, next_row{0};
+    parallel(threads, [&](int thread, int team) {
+        share_out(writes, thread, team,
+                  [&](i64 i) { write<typename F::Number>(step, work.writes[static_cast<std::size_t>(i)]); });
+        wait_for_team();
+        const Scratch own = Scratch::at<F>(aligned + thread * size, step, work.rows);
         // A row's last queries see most: they come first.
-#pragma omp for schedule(dynamic)
-        for (i64 i = items - 1; i >= 0; i--) {
+        for (i64 i = next_item--; i >= 0; i = next_item--) {
             const Item& item = work.items[static_cast<std::size_t>(i)];
             run_item<F>(step, work.tasks[static_cast<std::size_t>(item.task)], item, own);
         }
-#pragma omp for schedule(dynamic)
-        for (i64 i = 0; i < several; i++) {
+        if (several == 0) return;
+        wait_for_team();
+        for (i64 i = next_row++; i < several; i = next_row++) {
             const Piece& piece = work.several[static_cast<std::size_t>(i)];
             for (i64 j = 0; j < piece.row->feed * step.heads; j++)
                 combine<F>(step, work, piece, j / step.heads, j % step.heads, own.whole);
         }
-    }
+    });
 }
 
 }  // namespace

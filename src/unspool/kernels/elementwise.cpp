@@ -1,6 +1,7 @@
 // What stands between a decoder's products: norms, the residual sum, rotary turns and the gate of the feed-forward.
 // Numbers are bf16 or fp32, arithmetic is fp32, and results are rounded where PyTorch's single operations round them.
 
+#include "parallel.h"
 #include "simd.h"
 
 #include <algorithm>
@@ -43,11 +44,11 @@ UNSPOOL_AVX512 void norm_row(const typename T::Number* x, typename T::Number* br
 template <class T>
 void norm(const void* x, void* branch, const void* weight, i64 rows, i64 width, float eps, void* out, int threads) {
     using Number = typename T::Number;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > kSerial)
-    for (i64 row = 0; row < rows; row++)
+    parallel_for(rows * width > kSerial ? threads : 1, rows, [=](i64 row) {
         norm_row<T>(static_cast<const Number*>(x) + row * width,
                     branch ? static_cast<Number*>(branch) + row * width : nullptr, static_cast<const Number*>(weight),
                     width, eps, static_cast<Number*>(out) + row * width);
+    });
 }
 
 // silu(gate) * up of one row, which holds the gate and then `up`.
@@ -65,9 +66,9 @@ UNSPOOL_AVX512 void gate_row(const typename T::Number* row, i64 width, typename 
 template <class T>
 void gate(const void* x, i64 rows, i64 width, void* out, int threads) {
     using Number = typename T::Number;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > kSerial)
-    for (i64 row = 0; row < rows; row++)
+    parallel_for(rows * width > kSerial ? threads : 1, rows, [=](i64 row) {
         gate_row<T>(static_cast<const Number*>(x) + row * 2 * width, width, static_cast<Number*>(out) + row * width);
+    });
 }
 
 // Turns the heads of one token: numbers i and i + width / 2 of a head are a pair.
@@ -94,10 +95,10 @@ UNSPOOL_AVX512 void turn_token(typename T::Number* x, i64 heads, i64 dim, const 
 template <class T>
 void turn(void* x, i64 tokens, i64 stride, i64 heads, i64 dim, const void* cos, const void* sin, i64 width, int threads) {
     using Number = typename T::Number;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * width > kSerial)
-    for (i64 token = 0; token < tokens; token++)
+    parallel_for(tokens * heads * width > kSerial ? threads : 1, tokens, [=](i64 token) {
         turn_token<T>(static_cast<Number*>(x) + token * stride, heads, dim, static_cast<const Number*>(cos) + token * width,
                       static_cast<const Number*>(sin) + token * width, width);
+    });
 }
 
 }  // namespace

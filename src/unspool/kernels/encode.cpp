@@ -21,7 +21,9 @@ struct Table {
     const u8* order;      // [16]
 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__clang__)
+#define UNSPOOL_CLONES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#elif defined(__x86_64__)
 #define UNSPOOL_CLONES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
 #else
 #define UNSPOOL_CLONES

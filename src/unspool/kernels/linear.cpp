@@ -10,7 +10,7 @@
 // threads: partial sums that have to wait in memory wait there in fp32, which changes nothing. So a row's results are
 // the same bits alone and in company.
 
-#include <omp.h>
+#include "parallel.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -20,8 +20,8 @@
 
 namespace {
 
+using namespace unspool;
 using bf16 = std::uint16_t;
-using i64 = std::int64_t;
 
 constexpr i64 kLanes = 16;               // outputs of a block
 constexpr i64 kLine = 2 * kLanes;        // weights of a line: two inputs of every output of a block
@@ -312,8 +312,8 @@ void unspool_linear_bf16_pack(const bf16* rows, bf16* lines, i64 first, i64 coun
                               int threads) {
     const i64 pairs = inputs / 2, end = first + count;
     const i64 last = end == outputs ? blocks_of(outputs) : (end + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 block = first / kLanes; block < last; block++) {
+    parallel_for(threads, last - first / kLanes, [=](i64 i) {
+        const i64 block = first / kLanes + i;
         const i64 from = std::max(first, block * kLanes), to = std::min(end, (block + 1) * kLanes);
         // A few lines at a time, which stay in the cache while each of the rows adds its pairs.
         for (i64 pair = 0; pair < pairs; pair += kPackedAtOnce) {
@@ -335,19 +335,18 @@ void unspool_linear_bf16_pack(const bf16* rows, bf16* lines, i64 first, i64 coun
                     for (i64 r = 0; r < together; r++) copy_pair(target + i * kLine + 2 * r, source + r * inputs + 2 * i);
             }
         }
-    }
+    });
 }
 
 // And back: the plain weight [outputs, inputs].
 void unspool_linear_bf16_unpack(const PackedWeight* weight, bf16* plain, int threads) {
     const i64 pairs = weight->inputs / 2, blocks = (weight->outputs + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 block = 0; block < blocks; block++) {
+    parallel_for(threads, blocks, [=](i64 block) {
         const i64 end = std::min(weight->outputs, (block + 1) * kLanes);
         for (i64 pair = 0; pair < pairs; pair++)
             for (i64 row = block * kLanes; row < end; row++)
                 copy_pair(plain + (row * pairs + pair) * 2, weight->lines + place(row, pair, pairs));
-    }
+    });
 }
 
 // Rows of the plain weight: out [count, inputs]. Returns the place of the first index outside [0, outputs), or -1.
@@ -357,11 +356,10 @@ i64 unspool_linear_bf16_rows(const PackedWeight* weight, const i64* indexes, i64
     if (wrong != indexes + count) return wrong - indexes;
     // every pair is on a line of its own
     if (count * pairs * kLine <= kSerial) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 i = 0; i < count; i++) {
+    parallel_for(threads, count, [=](i64 i) {
         const bf16* from = weight->lines + place(indexes[i], 0, pairs);
         for (i64 pair = 0; pair < pairs; pair++) copy_pair(out + (i * pairs + pair) * 2, from + pair * kLine);
-    }
+    });
     return -1;
 }
 
@@ -374,12 +372,10 @@ void unspool_linear_bf16([[maybe_unused]] const PackedWeight* weight, [[maybe_un
     const i64 outputs = weight->outputs, pairs = weight->inputs / 2;
     const Product p{weight->lines, bias, y, outputs, blocks_of(outputs), pairs};
     if (rows * outputs * pairs <= kSerial) threads = 1;
-#pragma omp parallel num_threads(threads)
-    {
-        const i64 thread = omp_get_thread_num(), team = omp_get_num_threads();
+    parallel(threads, [&](int thread, int team) {
         const i64 parts = parts_of_rows(rows, p.blocks, team), beside = team / parts;
         part(p, x, stride, share(rows, 1, thread / beside, parts), share(p.blocks, kPanel, thread % beside, beside));
-    }
+    });
 #endif
 }
 

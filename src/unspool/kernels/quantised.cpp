@@ -13,7 +13,7 @@
 // chain of operations in the order of the inputs, whatever the number of rows and of threads, so a row's results are the
 // same bits alone and in company.
 
-#include <omp.h>
+#include "parallel.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -23,10 +23,10 @@
 
 namespace {
 
+using namespace unspool;
 using bf16 = std::uint16_t;
 using fp16 = std::uint16_t;
 using u8 = std::uint8_t;
-using i64 = std::int64_t;
 
 constexpr i64 kLanes = 16;       // outputs of a block
 constexpr i64 kLine = 64;        // bytes of a line
@@ -88,8 +88,9 @@ UNSPOOL_QUANT inline __m512i broadcast(const u8* step) {
     return _mm512_set1_epi32(word);
 }
 
-template <int Hint>
-inline void fetch(const u8* line) { _mm_prefetch(reinterpret_cast<const char*>(line), static_cast<_mm_hint>(Hint)); }
+// Into the first level of the cache (3) or the second (2).
+template <int Level>
+inline void fetch(const u8* line) { __builtin_prefetch(line, 0, Level); }
 
 // What to fetch from memory meanwhile: so many lines of the next panel with every line of this one.
 struct Ahead {
@@ -97,7 +98,7 @@ struct Ahead {
     i64 lines;
 
     void next() {
-        for (i64 i = 0; i < lines; i++, line += kLine) fetch<_MM_HINT_T1>(line);
+        for (i64 i = 0; i < lines; i++, line += kLine) fetch<2>(line);
     }
 };
 
@@ -120,7 +121,7 @@ struct Bytes {
 #pragma GCC unroll 4
             for (int b = 0; b < Blocks; b++) {
                 line[b] = _mm512_loadu_si512(from + b * stride);
-                if (Blocks > kPanel) fetch<_MM_HINT_T0>(from + b * stride + kReach * kLine);
+                if (Blocks > kPanel) fetch<3>(from + b * stride + kReach * kLine);
             }
             ahead.next();
 #pragma GCC unroll 12
@@ -155,7 +156,7 @@ struct Nibbles {
 #pragma GCC unroll 4
             for (int b = 0; b < Blocks; b++) {
                 line[b] = _mm512_loadu_si512(from + b * stride);
-                if (Blocks > kPanel) fetch<_MM_HINT_T0>(from + b * stride + kReach * kLine);
+                if (Blocks > kPanel) fetch<3>(from + b * stride + kReach * kLine);
             }
             ahead.next();
 #pragma GCC unroll 4
@@ -391,8 +392,8 @@ void unspool_quantised_pack(const QuantisedWeight* weight, const u8* codes, i64 
     const QuantisedWeight& w = *weight;
     u8* lines = const_cast<u8*>(w.lines);
     const i64 end = first + count, stripe = w.per_line();
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 block = first / kLanes; block < (end + kLanes - 1) / kLanes; block++)
+    parallel_for(threads, (end + kLanes - 1) / kLanes - first / kLanes, [=, &w](i64 i) {
+        const i64 block = first / kLanes + i;
         for (i64 row = std::max(first, block * kLanes); row < std::min(end, (block + 1) * kLanes); row++) {
             const u8* from = codes + (row - first) * w.inputs;
             u8* to = lines + lane_of(w, row);
@@ -409,6 +410,7 @@ void unspool_quantised_pack(const QuantisedWeight* weight, const u8* codes, i64 
                 to[3] = static_cast<u8>(eight[5] | eight[7] << 4);
             }
         }
+    });
 }
 
 // And back: codes [count, inputs] of the rows at `indexes`. Returns the place of the first index outside [0, outputs),
@@ -419,8 +421,7 @@ i64 unspool_quantised_codes(const QuantisedWeight* weight, const i64* indexes, i
     if (wrong != indexes + count) return wrong - indexes;
     const i64 stripe = w.per_line();
     if (count * w.inputs <= kSerial) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 i = 0; i < count; i++) {
+    parallel_for(threads, count, [=, &w](i64 i) {
         const u8* from = w.lines + lane_of(w, indexes[i]);
         u8* to = codes + i * w.inputs;
         for (i64 input = 0; input < w.inputs; input += stripe, from += kLine) {
@@ -432,7 +433,7 @@ i64 unspool_quantised_codes(const QuantisedWeight* weight, const i64* indexes, i
                 }
             std::memcpy(to + input, all, static_cast<std::size_t>(std::min(stripe, w.inputs - input)));
         }
-    }
+    });
     return -1;
 }
 
@@ -451,14 +452,12 @@ void unspool_quantised([[maybe_unused]] const QuantisedWeight* weight, [[maybe_u
                  scratch<u8>(rows * row_bytes), scratch<float>(rows * groups), scratch<std::int32_t>(rows * groups)};
     const i64 units = w.blocks() / kPanel;
     if (rows * units * kPanel * w.lines_of_block() * kLine <= kSerial) threads = 1;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (i64 row = 0; row < rows; row++) prepare(c, row);
-        const i64 thread = omp_get_thread_num(), team = omp_get_num_threads();
+    parallel(threads, [&](int thread, int team) {
+        share_out(rows, thread, team, [&](i64 row) { prepare(c, row); });
+        wait_for_team();
         const i64 from = units * thread / team * kPanel, to = units * (thread + 1) / team * kPanel;
         (w.nibbles ? panels<Nibbles> : panels<Bytes>)(c, from, to);
-    }
+    });
 #endif
 }
 
