@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accounts import check_all_given_back
 from families import FAMILIES, make_checkpoint
 from hypothesis import given, settings, strategies as st
 
@@ -108,9 +109,16 @@ requests = st.lists(
     blocks=st.sampled_from([16, 20, 200]),
     sharing=st.booleans(),
     scheduler=st.sampled_from(["fifo", "prefill_first"]),
+    space=st.sampled_from([0.0, 0.0003, 0.01]),
 )
 def test_any_mixture_however_it_arrives(
-    model: Any, arrivals: list[tuple[int, str, int]], budget: int, blocks: int, sharing: bool, scheduler: str
+    model: Any,
+    arrivals: list[tuple[int, str, int]],
+    budget: int,
+    blocks: int,
+    sharing: bool,
+    scheduler: str,
+    space: float,
 ) -> None:
     _models["llama"] = model
     manager = model.init_continuous_batching(
@@ -121,6 +129,7 @@ def test_any_mixture_however_it_arrives(
             max_batch_tokens=budget,
             allow_block_sharing=sharing,
             scheduler_type=scheduler,
+            cpu_offload_space=space,
             max_requests_per_batch=5,
         ),
     )
@@ -138,9 +147,7 @@ def test_any_mixture_however_it_arrives(
         assert [one.error for one in got] == [None] * len(wanted)
         assert [one.generated_tokens for one in got] == wanted, name
     assert manager.metrics.running == manager.metrics.waiting == 0
-    pools = manager._engine.room.store.blocks
-    assert all(pool.free + len(manager._engine.room.index) == pool.count for pool in pools)
-    assert manager._engine.room.index.idle == len(manager._engine.room.index)
+    check_all_given_back(manager._engine.room)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

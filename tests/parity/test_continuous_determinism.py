@@ -125,6 +125,14 @@ CASES: dict[str, dict[str, Any]] = {
     "prompts first": {"scheduler_type": "prefill_first", "max_batch_tokens": 11},
     "little room": {"num_blocks": 6, "safety_margin": 0.0},
     "little room, without sharing": {"num_blocks": 6, "safety_margin": 0.0, "allow_block_sharing": False},
+    "little room, swapped": {"num_blocks": 6, "safety_margin": 0.0, "cpu_offload_space": 0.01},
+    "little room, swapped, chunks of 5": {
+        "num_blocks": 6,
+        "safety_margin": 0.0,
+        "cpu_offload_space": 0.01,
+        "max_batch_tokens": 5,
+        "allow_block_sharing": False,
+    },
     "two at a time": {"max_requests_per_batch": 2},
 }
 
@@ -136,7 +144,8 @@ def test_company(case: str, threads: int, model: Any, alone: list[Result]) -> No
     got = finish(manager, [add(manager, i) for i in range(len(PROMPTS))])
     assert_same(got, alone, model)
     assert (manager.metrics.preemptions > 0) == case.startswith("little room")
-    assert (manager.metrics.cached_tokens > 0) == ("without sharing" not in case)
+    assert (manager.metrics.swaps > 0) == ("swapped" in case)
+    assert (manager.metrics.cached_tokens > 0) == CASES[case].get("allow_block_sharing", True)
 
 
 def test_order_and_moments_of_arrival(model: Any, alone: list[Result]) -> None:

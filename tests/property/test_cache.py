@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from unspool.attention.reference import PagedAttention
 from unspool.cache import Blocks, LayerGroup, PagedStore
-from unspool.cache.blocks import run_start
+from unspool.cache.blocks import GONE, run_start
 
 GROUPS = (LayerGroup((0, 2), kv_heads=1, head_dim=2), LayerGroup((1,), kv_heads=2, head_dim=2, window=5))
 
@@ -154,9 +154,18 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), keep=st.integers(0, 10))
     def truncate(self, data: st.DataObject, keep: int) -> None:
         row = data.draw(st.sampled_from(self.rows))
-        if row.blocks:
+        if row.blocks and (keep == 0 or GONE not in row.blocks[1]):  # a window does not move back
             self.store.truncate(row, keep)
             del row.known[keep:]
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def leave_behind(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(self.rows))
+        self.store.leave_behind(row)
+        if row.blocks:
+            unseen = max(0, row.computed - 4) // 2
+            assert row.blocks[1][:unseen] == [GONE] * unseen and GONE not in row.blocks[0]
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -170,9 +179,11 @@ class StoreMachine(RuleBasedStateMachine):
         for row in self.rows:
             for index, group in enumerate(GROUPS):
                 for layer in group.layers if row.blocks else ():
-                    slots = [row.blocks[index][p // 2] * 2 + p % 2 for p in range(row.computed)]
-                    assert (self.store.keys[layer][slots, 0, 0] - index).tolist() == row.known
-                    assert (self.store.values[layer][slots, -1, -1] + index).tolist() == [-x for x in row.known]
+                    gone = row.blocks[index].count(GONE)
+                    slots = [row.blocks[index][p // 2] * 2 + p % 2 for p in range(2 * gone, row.computed)]
+                    known = row.known[2 * gone :]
+                    assert (self.store.keys[layer][slots, 0, 0] - index).tolist() == known
+                    assert (self.store.values[layer][slots, -1, -1] + index).tolist() == [-x for x in known]
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -180,7 +191,8 @@ class StoreMachine(RuleBasedStateMachine):
             counted = [0] * pool.count
             for row in self.rows:
                 for block in row.blocks[index] if row.blocks else ():
-                    counted[block] += 1
+                    if block != GONE:
+                        counted[block] += 1
             assert counted == [pool.references(block) for block in range(pool.count)]
 
 

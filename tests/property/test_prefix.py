@@ -6,11 +6,12 @@ from collections import Counter
 from itertools import count
 
 import torch
+from accounts import check_accounts, check_all_given_back, nodes_of
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from unspool.cache import LayerGroup, PagedStore
-from unspool.cache.blocks import Blocks
+from unspool.cache.blocks import GONE, Blocks
 from unspool.cache.prefix import PrefixIndex
 from unspool.continuous.room import Room
 from unspool.decode.sequence import Sequence
@@ -22,9 +23,11 @@ SIZE = 4
 class RoomMachine(RuleBasedStateMachine):
     """Rows over two tokens and two tenants, whose stored "keys" are written as the tokens themselves."""
 
+    blocks: tuple[int, int] = (14, 8)
+
     def __init__(self) -> None:
         super().__init__()
-        self.store = PagedStore(GROUPS, 14, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
+        self.store = PagedStore(GROUPS, self.blocks, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
         self.room = Room(self.store, sharing=True)
         self.rows: dict[Sequence, str] = {}
         self.texts = count()
@@ -47,12 +50,14 @@ class RoomMachine(RuleBasedStateMachine):
         if not tokens:
             row.tokens.append(data.draw(st.integers(0, 1)))
             tokens = 1
-        before = self.room.available
+        tokens = self.room.chunk(row, tokens)
+        held, need = len(row.blocks[0]) if row.blocks else 0, self.store.blocks_for(row.computed + tokens)
         if not self.room.extend(row, tokens):
-            held = [len(table) for table in row.blocks] or [0, 0]
-            need = self.store.blocks_for(row.computed + tokens)
-            assert any(need - have > before for have in held), "there was room"
+            assert any(need - held > pool.free + pool.idle for pool in self.store.blocks), "there was room"
             return
+        seen = max(0, row.computed - 4) // SIZE
+        assert row.blocks[1][:seen] == [GONE] * seen, "what nobody sees is dropped"
+        assert GONE not in row.blocks[1][seen:] and GONE not in row.blocks[0]
         for place in range(row.computed, row.computed + tokens):
             for group in range(2):
                 block = row.blocks[group][place // SIZE]
@@ -75,40 +80,23 @@ class RoomMachine(RuleBasedStateMachine):
         for row, tenant in self.rows.items():
             for group in range(2):
                 for place in range(row.computed):
+                    if row.blocks[group][place // SIZE] == GONE:
+                        assert group == 1 and place < row.computed - 4, "it cannot be seen"
+                        continue
                     slot = row.blocks[group][place // SIZE] * SIZE + place % SIZE
                     assert float(self.store.keys[group][slot, 0, 0]) == 10.0 * ord(tenant) + row.tokens[place]
 
     @invariant()
     def blocks_are_accounted_for(self) -> None:
-        index = self.room.index
-        for group, pool in enumerate(self.store.blocks):
-            held = Counter(block for row in self.rows for block in row.blocks[group : group + 1] for block in block)
-            indexed = {node.blocks[group] for node in _nodes(index)}
-            assert len(indexed) == len(index)
-            for block in range(pool.count):
-                assert pool.references(block) == held[block] + (block in indexed)
+        check_accounts(self.room, list(self.rows))
         users = Counter(node for row in self.rows for node in self.room._trails[row].nodes)
-        for node in _nodes(index):
+        for node in nodes_of(self.room.index):
             assert node.users == users[node]
-            assert (node in index._idle) == (not node.users)
 
     def teardown(self) -> None:
         for row in list(self.rows):
             self.room.release(row)
-        index = self.room.index
-        assert index.idle == len(index) == self.store.blocks[0].count - self.store.blocks[0].free
-        index.give_up(len(index))
-        assert all(pool.free == pool.count for pool in self.store.blocks)
-        assert not index._roots and not self.room._promises
-
-
-def _nodes(index: PrefixIndex) -> list:  # type: ignore[type-arg]
-    found, ahead = [], list(index._roots.values())
-    while ahead:
-        node = ahead.pop()
-        ahead += node.children.values()
-        found += [node] if node.blocks else []
-    return found
+        check_all_given_back(self.room)
 
 
 RoomMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
@@ -133,7 +121,8 @@ def test_a_row_waits_for_a_beginning_that_is_just_being_computed() -> None:
     room.advance(first)
     assert room.admit(second, None)
     assert second.computed == 8
-    assert second.blocks == [table[:2] for table in first.blocks]
+    (full, window) = (table[:2] for table in first.blocks)
+    assert second.blocks == [full, [GONE, window[1]]], "the ninth token sees the last five"
 
 
 def test_a_row_that_is_held_up_is_not_waited_for() -> None:
@@ -148,7 +137,7 @@ def test_a_row_that_is_held_up_is_not_waited_for() -> None:
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_what_was_used_last_is_given_up_last(uses: list[int]) -> None:
     pools = [Blocks(8)]
-    index = PrefixIndex(pools)
+    index = PrefixIndex(pools, GROUPS[:1], 1)
     root = index.root(None)
     leaves = []
     for token in range(4):
@@ -156,12 +145,58 @@ def test_what_was_used_last_is_given_up_last(uses: list[int]) -> None:
         node = index.add(root, (token,), (block,))
         index.leave([node])
         pools[0].drop([block])
+        assert pools[0].is_idle(block)
         leaves.append(node)
     for use in uses:
-        index.use([leaves[use]])
-        index.leave([leaves[use]])
+        pools[0].share(leaves[use].blocks)
+        pools[0].drop(leaves[use].blocks)
     order = [token for token in range(4) if token not in uses] + list(dict.fromkeys(reversed(uses)))[::-1]
     for token in order:
         assert leaves[token].parent is not None and leaves[token] in root.children.values()
-        assert index.give_up(1) == 1
+        assert index.give_up(0, 1) == 1
         assert leaves[token] not in root.children.values()
+
+
+def test_a_beginning_is_found_as_far_as_windows_reach_back() -> None:
+    """The layer with a window of 5 may give up blocks in the middle: then a row goes on before or behind the gap."""
+    store = PagedStore(GROUPS, 20, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
+    room = Room(store, sharing=True)
+    text = list(range(24))
+    first = Sequence(0, text)
+    assert room.admit(first, None) and room.extend(first, 24)
+    first.computed = 24
+    room.advance(first)
+    room.release(first)
+    assert [pool.idle for pool in store.blocks] == [6, 6]
+    assert room.index.give_up(1, 6) == 6 and [pool.idle for pool in store.blocks] == [6, 0]
+    row = Sequence(0, [*text, 1])
+    assert room.admit(row, None) and row.computed == 0, "nothing to look back at"
+    assert room.extend(row, 24)
+    row.computed = 24
+    room.advance(row)
+    assert [pool.count - pool.free for pool in store.blocks] == [6, 6], "what was there is used, the rest filled in"
+    room.release(row)
+    gone = room.index.find(room.index.root(None), text, 24)[3]
+    room.index._let_go(gone, 1)
+    for length, reach in ((24, 24), (23, 20), (20, 20), (19, 12), (16, 12), (12, 12)):  # after 20: from 16
+        assert len(room.index.find(room.index.root(None), text, length)) * SIZE == reach
+
+
+def test_a_model_of_windows_alone_keeps_what_the_next_token_sees() -> None:
+    store = PagedStore(GROUPS[1:], 5, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
+    room = Room(store, sharing=True)
+    assert room.capacity > 10**9 and room.holds(10**6)
+    row = Sequence(0, list(range(100)))
+    assert room.admit(row, None)
+    while row.computed < 100:
+        feed = room.chunk(row, 100 - row.computed)
+        assert room.extend(row, feed)
+        row.computed += feed
+        room.advance(row)
+        check_accounts(room, [row])
+    assert sum(block != GONE for block in row.blocks[0]) <= 5
+    again = Sequence(0, [*range(100), 7])
+    assert room.admit(again, None) and again.computed == 100
+    room.release(row)
+    room.release(again)
+    check_all_given_back(room)

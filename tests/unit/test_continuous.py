@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accounts import check_all_given_back
 
 import unspool
 from unspool import (
@@ -61,9 +62,8 @@ def finish(manager: Any) -> None:
 
 def assert_nothing_is_left(manager: Any) -> None:
     room = manager._engine.room
-    assert all(pool.free + len(room.index) == pool.count for pool in room.store.blocks)
-    assert room.index.idle == len(room.index)
-    assert not manager._engine.live and not manager._engine._sent and not room._trails and not room._promises
+    assert not manager._engine.live and not manager._engine._sent
+    check_all_given_back(room)
     assert manager.metrics.running == manager.metrics.waiting == 0
     assert len(manager._engine.plain._free) == len(manager._engine.plain.states)
 
@@ -699,12 +699,12 @@ def test_beams_give_all_their_outputs(model: Any) -> None:
 def test_beams_are_put_back_and_go_on(model: Any) -> None:
     settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 40, "do_sample": False}
     prompts = [PROMPTS[2], PROMPTS[0], [7] * 20]
-    for sharing in (True, False):
-        manager = make(model, num_blocks=16, allow_block_sharing=sharing, safety_margin=0.0)
+    for sharing, space in ((True, 0.0), (False, 0.0), (True, 0.01), (False, 0.01)):
+        manager = make(model, num_blocks=16, allow_block_sharing=sharing, safety_margin=0.0, cpu_offload_space=space)
         names = [manager.add_request(prompt, **settings) for prompt in prompts]
         plain = manager.add_request(PROMPTS[3], max_new_tokens=100)
         finish(manager)
-        assert manager.metrics.preemptions > 0
+        assert manager.metrics.preemptions > 0 and (manager.metrics.swaps > 0) == (space > 0)
         for name, prompt in zip(names, prompts, strict=True):
             wanted = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
             assert manager.get_result(name).generated_tokens == wanted

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accounts import check_all_given_back
 
 import unspool
 from unspool import ContinuousBatchingConfig, ManagerStopped, QueueFull
@@ -132,13 +133,10 @@ def soak(model: Any, seconds: float, seed: int, monkeypatch: pytest.MonkeyPatch)
         pass
     assert got == owed
     room, engine = manager._engine.room, manager._engine
-    assert all(pool.free + len(room.index) == pool.count for pool in room.store.blocks)
-    assert room.index.idle == len(room.index)
-    assert not room._trails and not room._promises and not engine.live and not engine.parents and not engine._sent
+    assert not engine.live and not engine.parents and not engine._sent
     assert not manager._outbox._boxes and not manager._outbox._unread
     assert len(engine.plain._free) == 8
-    room.index.give_up(len(room.index))
-    assert all(pool.free == pool.count for pool in room.store.blocks)
+    check_all_given_back(room)
     return reasons
 
 
@@ -185,6 +183,4 @@ def test_a_fault_at_every_step(model: Any, boundary: int, monkeypatch: pytest.Mo
         pass
     wanted_tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)[0, 3:].tolist()
     assert manager.get_result(again).generated_tokens == wanted_tokens
-    room = manager._engine.room
-    assert room.index.idle == len(room.index)
-    assert all(pool.free + len(room.index) == pool.count for pool in room.store.blocks)
+    check_all_given_back(manager._engine.room)

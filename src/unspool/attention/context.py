@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unspool.cache.blocks import run_start
+from unspool.cache.blocks import GONE, run_start
 from unspool.cache.layout import LayerGroup
 
 
@@ -123,11 +123,6 @@ def build_context(
     return GroupContext(torch.tensor(slots, device=like.device), run, parts)
 
 
-def _oldest(length: int, window: int | None, queries: int = 1) -> int:
-    """Oldest position that the first of the last `queries` tokens of a row of `length` tokens may see."""
-    return 0 if window is None else max(0, length - queries + 1 - window)
-
-
 def _singles(
     group: LayerGroup,
     index: int,
@@ -178,20 +173,21 @@ def _single(
     block_size: int,
     like: Tensor,
 ) -> Single:
-    low = min(_oldest(length, group.window) for length in lengths)
-    high = max(lengths)
+    begins = [group.first_seen(length - 1) for length in lengths]
+    low, high = min(begins), max(lengths)
     mask = None
-    if any(length != high or _oldest(length, group.window) != low for length in lengths):
+    if any(length != high or begin != low for length, begin in zip(lengths, begins, strict=True)):
         places = torch.arange(low, high, device=like.device)
         ends = torch.tensor(lengths, device=like.device)[:, None]
-        begins = torch.tensor([_oldest(length, group.window) for length in lengths], device=like.device)[:, None]
-        mask = _additive((places < ends) & (places >= begins), like)
-    seen = [(_oldest(length, group.window) - low, length - low) for length in lengths]
+        mask = _additive((places < ends) & (places >= torch.tensor(begins, device=like.device)[:, None]), like)
+    seen = [(begin - low, length - low) for begin, length in zip(begins, lengths, strict=True)]
     if start is not None:
         return Single(first, len(rows), start * block_size + low, stride, None, high - low, seen, mask)
-    tables = torch.tensor([_padded(row.blocks[index], -(-high // block_size)) for row in rows], device=like.device)
+    first_block = low // block_size
+    width = -(-high // block_size) - first_block
+    tables = torch.tensor([_filled(row.blocks[index][first_block:], width) for row in rows], device=like.device)
     places = torch.arange(low, high, device=like.device)
-    slots = (tables[:, places // block_size] * block_size + places % block_size).flatten()
+    slots = (tables[:, places // block_size - first_block] * block_size + places % block_size).flatten()
     return Single(first, len(rows), 0, 0, slots, high - low, seen, mask)
 
 
@@ -199,7 +195,7 @@ def _multi(
     group: LayerGroup, table: list[int], computed: int, feed: int, first: int, block_size: int, like: Tensor
 ) -> Multi:
     end = computed + feed
-    low = _oldest(end, group.window, feed)
+    low = group.first_seen(computed)
     mask = None
     if computed or (group.window is not None and feed > group.window):
         queries = torch.arange(computed, end, device=like.device)[:, None]
@@ -220,6 +216,7 @@ def _additive(visible: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, float("-inf"))
 
 
-def _padded(table: list[int], length: int) -> list[int]:
-    """`table` cut or filled to `length`; what fills it is masked."""
-    return table[:length] + [table[0]] * (length - len(table))
+def _filled(table: list[int], length: int) -> list[int]:
+    """`table` cut or filled to `length`, with the row's own last block; what fills it is masked."""
+    own = table[-1]
+    return [own if block == GONE else block for block in table[:length]] + [own] * (length - len(table))

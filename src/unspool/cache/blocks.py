@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+GONE = -1
+"""Stands in a table where a row had a block that it cannot see any more."""
 
 
 class Blocks:
@@ -10,11 +13,16 @@ class Blocks:
 
     It hands out consecutive ids where it can, since a row whose blocks form one run can be read without gathering.
     Free ids are kept as maximal intervals, so that finding a run and joining neighbours cost a dictionary access each.
+
+    A block may be marked to be kept: when nobody refers to it any more it is idle rather than free, may be shared
+    again, and becomes free when it is let go.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.free = count
+        self._kept: set[int] = set()
+        self._idle: dict[int, None] = {}  # kept and without references, the one idle for longest first
         self._references = [0] * count
         self._length_at = {0: count} if count else {}  # first id of a free interval -> its length
         self._start_of = {count: 0} if count else {}  # one past a free interval -> its first id
@@ -22,6 +30,32 @@ class Blocks:
     def references(self, block: int) -> int:
         """How many rows refer to `block`; 0 when it is free."""
         return self._references[block]
+
+    @property
+    def idle(self) -> int:
+        """How many blocks are kept although nobody refers to them."""
+        return len(self._idle)
+
+    def is_idle(self, block: int) -> bool:
+        """Whether `block` is kept although nobody refers to it."""
+        return block in self._idle
+
+    @property
+    def longest_idle(self) -> int | None:
+        """The block that has been idle for longest, or `None`."""
+        return next(iter(self._idle), None)
+
+    def keep(self, block: int) -> None:
+        """Mark `block`, which is in use, to be kept when nobody refers to it any more."""
+        assert self._references[block] > 0, f"block {block} is free"
+        self._kept.add(block)
+
+    def let_go(self, block: int) -> None:
+        """Keep `block` no longer; it is free when nobody refers to it."""
+        self._kept.discard(block)
+        if block in self._idle:
+            del self._idle[block]
+            self._release(block)
 
     def take(self, count: int, after: int | None = None) -> list[int] | None:
         """Take `count` blocks with one reference each, or nothing (`None`) when fewer are free.
@@ -45,17 +79,31 @@ class Blocks:
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add one reference to each of `blocks`, which must be in use."""
+        """Add one reference to each of `blocks`, which must be in use or idle; `GONE` ones are passed over."""
         for block in blocks:
-            assert self._references[block] > 0, f"block {block} is free"
+            if block == GONE:
+                continue
+            if not self._references[block]:
+                assert block in self._idle, f"block {block} is free"
+                del self._idle[block]
             self._references[block] += 1
 
-    def drop(self, blocks: Iterable[int]) -> None:
-        """Take one reference from each of `blocks`; those left without one are free again."""
-        for block in blocks:
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Take one reference from each of `blocks`; those left without one are free, or idle where they are kept.
+
+        The last comes first, so that blocks of a text are idle before those that they follow. `GONE` ones are
+        passed over.
+        """
+        for block in reversed(blocks):
+            if block == GONE:
+                continue
             assert self._references[block] > 0, f"block {block} is free already"
             self._references[block] -= 1
-            if not self._references[block]:
+            if self._references[block]:
+                continue
+            if block in self._kept:
+                self._idle[block] = None
+            else:
                 self._release(block)
 
     def grow(self, count: int) -> None:

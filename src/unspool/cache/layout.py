@@ -24,3 +24,7 @@ class LayerGroup:
     def bytes_per_token(self, element_size: int) -> int:
         """Bytes that one token's keys and values take in all layers of the group."""
         return 2 * len(self.layers) * self.kv_heads * self.head_dim * element_size
+
+    def first_seen(self, position: int) -> int:
+        """The oldest position that the token at `position` sees."""
+        return 0 if self.window is None else max(0, position + 1 - self.window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unspool.cache.blocks import Blocks, run_start
+from unspool.cache.blocks import GONE, Blocks, run_start
 from unspool.cache.compact import SCALE_BYTES
 from unspool.cache.layout import LayerGroup
 from unspool.errors import CacheFull, OutOfMemory
@@ -19,7 +20,11 @@ BLOCK_SIZE = 16
 
 
 class Row(Protocol):
-    """What the store keeps of a row: how many tokens are stored, and in which blocks, per layer group."""
+    """What the store keeps of a row: how many tokens are stored, and in which blocks, per layer group.
+
+    Tables are values: a change makes a new `blocks`, so that who has read one can tell. Block `i` holds the tokens from
+    `i * block_size` on; it is `GONE` where no layer of the group sees them any more.
+    """
 
     computed: int
     blocks: list[list[int]]
@@ -60,7 +65,7 @@ class PagedStore:
 
     Args:
         groups: the model's layer groups.
-        blocks: how many blocks each group gets.
+        blocks: how many blocks each group gets, one number or one for each.
         dtype, device: of keys and values.
         block_size: tokens in a block.
         quantized: keep them in 8 bits (see `cache.compact`), in half the memory of 16.
@@ -72,7 +77,7 @@ class PagedStore:
     def __init__(
         self,
         groups: tuple[LayerGroup, ...],
-        blocks: int,
+        blocks: int | Sequence[int],
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -84,15 +89,16 @@ class PagedStore:
         self.quantized = quantized
         self.groups = groups
         self.block_size = block_size
-        self._refuse_if_too_large(blocks)
-        self.blocks = [Blocks(blocks) for _ in groups]
+        counts = [blocks] * len(groups) if isinstance(blocks, int) else list(blocks)
+        self._refuse_if_too_large(counts)
+        self.blocks = [Blocks(count) for count in counts]
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.group_of: dict[int, int] = {}
         stored = torch.int8 if quantized else dtype
         for index, group in enumerate(groups):
             for layer in group.layers:
-                shape = (blocks * block_size, group.kv_heads, self._width(group))
+                shape = (counts[index] * block_size, group.kv_heads, self._width(group))
                 self.keys[layer] = allocate(shape, stored, device)
                 self.values[layer] = allocate(shape, stored, device)
                 self.group_of[layer] = index
@@ -112,26 +118,48 @@ class PagedStore:
 
     def extend(self, row: Row, tokens: int) -> bool:
         """Make the next `tokens` positions of `row` writable; `False`, with nothing changed, when blocks run out."""
-        first, need = row.computed // self.block_size, self.blocks_for(row.computed + tokens)
-        if self._writable(row, first, need):
+        first = row.computed // self.block_size
+        if self._writable(row, first, self.blocks_for(row.computed + tokens)):
             return True
-        for index, pool in enumerate(self.blocks):
-            table = row.blocks[index] if row.blocks else []
-            missing = max(0, need - len(table))
-            shared = sum(pool.references(block) > 1 for block in table[first:])
-            if missing + shared > pool.free:
-                return False
+        if any(more > pool.free for more, pool in zip(self.missing(row, tokens), self.blocks, strict=True)):
+            return False
         self._grow(row, row.computed + tokens)
         self._own(row, first)
         return True
 
+    def missing(self, row: Row, tokens: int) -> list[int]:
+        """Blocks that `extend` would take, of each group: new ones, and copies of shared ones."""
+        first, need = row.computed // self.block_size, self.blocks_for(row.computed + tokens)
+        tables = row.blocks or [[] for _ in self.groups]
+        return [
+            max(0, need - len(table)) + sum(pool.references(block) > 1 for block in table[first:])
+            for pool, table in zip(self.blocks, tables, strict=True)
+        ]
+
+    def leave_behind(self, row: Row) -> None:
+        """Drop the blocks that no layer of their group can see from the next token of `row` on."""
+        tables = list(row.blocks)
+        for index, (group, table) in enumerate(zip(self.groups, row.blocks, strict=False)):  # a row may have no blocks
+            unseen = min(group.first_seen(row.computed) // self.block_size, len(table))
+            if unseen and table[unseen - 1] != GONE:
+                self.blocks[index].drop(table[:unseen])
+                tables[index] = [GONE] * unseen + table[unseen:]
+                row.blocks = tables
+
+    def exchange(self, row: Row, index: int, place: int, block: int) -> None:
+        """Let `row` refer to `block`, which holds the same, in place `place` of its table number `index`."""
+        pool, table = self.blocks[index], row.blocks[index]
+        pool.share((block,))
+        pool.drop((table[place],))
+        self._put(row, index, [*table[:place], block, *table[place + 1 :]])
+
     def truncate(self, row: Row, tokens: int) -> None:
         """Forget all but the first `tokens` tokens of `row`; blocks it no longer needs are dropped."""
         row.computed = min(row.computed, tokens)
+        keep = self.blocks_for(row.computed)
         for pool, table in zip(self.blocks, row.blocks, strict=True):
-            keep = self.blocks_for(row.computed)
             pool.drop(table[keep:])
-            del table[keep:]
+        row.blocks = [table[:keep] for table in row.blocks]
 
     def share(self, source: Row, target: Row) -> None:
         """Let `target`, which has no blocks, refer to all blocks of `source`."""
@@ -182,7 +210,7 @@ class PagedStore:
                     sources.append(table[last])
                     targets += taken
                     pool.drop([table[last]])
-                    table[last] = taken[0]
+                    self._put(row, index, [*table[:last], *taken, *table[last + 1 :]])
             self._copy_blocks(self.groups[index], sources, targets)
 
     def compact(self, live: Sequence[Row], ended: Sequence[Row]) -> None:
@@ -238,7 +266,7 @@ class PagedStore:
             tables = [(row.blocks[index], row.computed // self.block_size) for row in rows]
             shared = sum(pool.references(block) > 1 for table, first in tables for block in table[first:])
             more = max(more, shared + sum(max(0, need - len(table)) for table, _ in tables))
-        self._refuse_if_too_large(self.blocks[0].count + more)
+        self._refuse_if_too_large([pool.count + more for pool in self.blocks])
         for layer in self.keys:
             for pools in (self.keys, self.values):
                 old = pools[layer]
@@ -251,7 +279,7 @@ class PagedStore:
     def _lay_out(self, rows: Sequence[Row], tokens: int) -> None:
         """Lay rows out anew, each as one run with room for `tokens` tokens, keeping order and contents."""
         need = self.blocks_for(tokens)
-        self._refuse_if_too_large(len(rows) * need)
+        self._refuse_if_too_large([len(rows) * need] * len(self.groups))
         order = sorted(rows, key=lambda row: row.blocks[0][0])
         tables = [list(range(i * need, (i + 1) * need)) for i in range(len(order))]
         for index, group in enumerate(self.groups):
@@ -278,10 +306,14 @@ class PagedStore:
         """Elements that one head's vector takes in a pool."""
         return group.head_dim + (SCALE_BYTES if self.quantized else 0)
 
-    def _refuse_if_too_large(self, blocks: int) -> None:
-        size = 1 if self.quantized else self.dtype.itemsize
-        per_token = sum(2 * len(group.layers) * group.kv_heads * self._width(group) * size for group in self.groups)
-        refuse_if_too_large(per_token * blocks * self.block_size, self.device)
+    def _refuse_if_too_large(self, counts: Sequence[int]) -> None:
+        size = sum(map(operator.mul, counts, self.block_bytes()))
+        refuse_if_too_large(size, self.device)
+
+    def block_bytes(self) -> list[int]:
+        """Bytes that one block takes, of each group."""
+        size = self.block_size * (1 if self.quantized else self.dtype.itemsize)
+        return [2 * len(group.layers) * group.kv_heads * self._width(group) * size for group in self.groups]
 
     def _writable(self, row: Row, first: int, need: int) -> bool:
         """Whether `row` has `need` blocks already, from index `first` on for itself alone: the case of most steps."""
@@ -301,16 +333,20 @@ class PagedStore:
         need = self.blocks_for(tokens)
         if any(need - len(table) > pool.free for pool, table in zip(self.blocks, row.blocks, strict=True)):
             return False
-        for pool, table in zip(self.blocks, row.blocks, strict=True):
+        for index, (pool, table) in enumerate(zip(self.blocks, row.blocks, strict=True)):
             if need > len(table):
                 taken = pool.take(need - len(table), after=table[-1] if table else None)
                 assert taken is not None
-                table += taken
+                self._put(row, index, table + taken)
         return True
+
+    def _put(self, row: Row, index: int, table: list[int]) -> None:
+        row.blocks = [*row.blocks[:index], table, *row.blocks[index + 1 :]]
 
     def _own(self, row: Row, first: int) -> None:
         """Copy the blocks of `row` from index `first` on that other rows refer to as well."""
-        for index, (pool, table) in enumerate(zip(self.blocks, row.blocks, strict=True)):
+        for index, (pool, old) in enumerate(zip(self.blocks, row.blocks, strict=True)):
+            table = list(old)
             for i in range(first, len(table)):
                 if pool.references(table[i]) > 1:
                     taken = pool.take(1, after=table[i - 1] if i else None)
@@ -318,6 +354,8 @@ class PagedStore:
                     self._copy_blocks(self.groups[index], [table[i]], taken)
                     pool.drop([table[i]])
                     table[i] = taken[0]
+            if table != old:
+                self._put(row, index, table)
 
     def _copy_blocks(self, group: LayerGroup, source: list[int], target: list[int]) -> None:
         if not source:

@@ -7,10 +7,10 @@ on (the adapter and its version) and for who may see them (a tenant's salt).
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-from unspool.cache.blocks import Blocks
+from unspool.cache.blocks import GONE, Blocks
+from unspool.cache.layout import LayerGroup
 
 __all__ = ["Node", "PrefixIndex"]
 
@@ -23,9 +23,9 @@ class Node:
     Attributes:
         parent: the node of the tokens before, `None` for a root.
         tokens: what the block holds.
-        blocks: its number in each layer group.
+        blocks: its number in each layer group; `GONE` where a group with a window gave it up.
         children: what follows, by tokens.
-        users: live rows that hold the block (or began at the root).
+        users: live rows whose text goes through it.
         key: a root's key.
     """
 
@@ -35,35 +35,34 @@ class Node:
         self.parent = parent
         self.key = key
         self.tokens = tokens
-        self.blocks = tuple(blocks)
+        self.blocks = list(blocks)
         self.children: dict[Tokens, Node] = {}
         self.users = 0
 
 
 class PrefixIndex:
-    """Full blocks by their tokens. It holds one reference to each, and gives up the least recently used ones.
+    """Full blocks by their tokens. They are kept (see `Blocks`) and given up when they were idle for longest.
 
-    A row that uses a node uses those before it too, so a node without users has none after it either: what is idle can
-    be given up from the leaves.
+    A group without a window needs all blocks of a text. Whoever refers to one refers to those before it too, so they
+    become idle, and are given up, from the leaves. A group with a window needs the last ones only: those before may be
+    given up, and the nodes go on standing for the text.
 
     Args:
         pools: the blocks of every layer group.
+        groups: the layer groups.
+        size: tokens in a block.
     """
 
-    def __init__(self, pools: Sequence[Blocks]) -> None:
+    def __init__(self, pools: Sequence[Blocks], groups: Sequence[LayerGroup], size: int) -> None:
         self._pools = pools
+        self._groups = groups
+        self._size = size
         self._roots: dict[Hashable, Node] = {}
-        self._idle: OrderedDict[Node, None] = OrderedDict()  # least recently used first, children before parents
-        self._size = 0
+        self._nodes: list[dict[int, Node]] = [{} for _ in pools]  # by block
 
     def __len__(self) -> int:
-        """How many blocks (of each layer group) are indexed."""
-        return self._size
-
-    @property
-    def idle(self) -> int:
-        """How many of them no row uses."""
-        return len(self._idle)
+        """How many blocks are indexed, in the layer group that has most."""
+        return max(len(nodes) for nodes in self._nodes)
 
     def root(self, key: Hashable) -> Node:
         """Where texts under `key` begin."""
@@ -72,52 +71,74 @@ class PrefixIndex:
             node = self._roots[key] = Node(None, (), (), key)
         return node
 
-    def find(self, node: Node, tokens: list[int], start: int, stop: int, size: int) -> list[Node]:
-        """The nodes that follow `node` along `tokens[start:stop]`, in whole blocks of `size`."""
-        found = []
-        for begin in range(start, stop - size + 1, size):
+    def find(self, root: Node, tokens: list[int], stop: int) -> list[Node]:
+        """The nodes of the longest beginning of `tokens[:stop]` after which a row can go on."""
+        size, node = self._size, root
+        path: list[Node] = []
+        usable = 0
+        gaps = [0] * len(self._groups)  # blocks up to the last one that is gone
+        for begin in range(0, stop - size + 1, size):
             child = node.children.get(tuple(tokens[begin : begin + size]))
             if child is None:
                 break
-            found.append(child)
-            node = child
-        return found
+            path.append(child)
+            node, after = child, begin + size
+            for index, block in enumerate(child.blocks):
+                if block == GONE:
+                    gaps[index] = len(path)
+            if all(group.first_seen(after) >= gap * size for group, gap in zip(self._groups, gaps, strict=True)):
+                usable = len(path)
+        return path[:usable]
+
+    def tables(self, nodes: Sequence[Node]) -> list[list[int]]:
+        """Block tables of a row that goes on after `nodes`, and now refers to their blocks."""
+        tables = []
+        for index, (group, pool) in enumerate(zip(self._groups, self._pools, strict=True)):
+            unseen = group.first_seen(len(nodes) * self._size) // self._size
+            table = [GONE] * unseen + [node.blocks[index] for node in nodes[unseen:]]
+            pool.share(table)
+            tables.append(table)
+        return tables
 
     def use(self, nodes: Sequence[Node]) -> None:
-        """A row begins to use `nodes`, a path from its root downwards, which it then holds references to as well."""
+        """The text of a live row goes through `nodes`, a path from its root downwards."""
         for node in nodes:
             node.users += 1
-            self._idle.pop(node, None)
+
+    def leave(self, nodes: Sequence[Node]) -> None:
+        """It does no longer."""
+        for node in nodes:
+            node.users -= 1
+        if nodes:
+            self._prune(nodes[-1])
 
     def add(self, parent: Node, tokens: Tokens, blocks: Sequence[int]) -> Node:
-        """Index a block after `parent`, used by the row that computed it.
+        """Index a block after `parent`, for the live row that computed it.
 
         Where these tokens are indexed already, that node is the one to use, and its blocks may be others.
         """
         node = parent.children.get(tokens)
         if node is None:
-            node = parent.children[tokens] = Node(parent, tokens, blocks)
-            for pool, block in zip(self._pools, blocks, strict=True):
-                pool.share((block,))
-            self._size += 1
-        self.use((node,))
+            node = parent.children[tokens] = Node(parent, tokens, [GONE] * len(blocks))
+        for index, block in enumerate(blocks):
+            if node.blocks[index] == GONE != block:
+                node.blocks[index] = block
+                self._nodes[index][block] = node
+                self._pools[index].keep(block)
+        node.users += 1
         return node
 
-    def leave(self, nodes: Sequence[Node]) -> None:
-        """A row stops using `nodes`, a path from its root downwards."""
-        for node in reversed(nodes):
-            node.users -= 1
-            if node.parent is None:
-                self._drop_root(node)
-            elif not node.users:
-                self._idle[node] = None
-
-    def give_up(self, count: int) -> int:
-        """Forget up to `count` idle blocks (of each layer group), the least recently used first; how many it were."""
-        given = 0
-        while given < count and self._idle:
-            node, _ = self._idle.popitem(last=False)
-            self._forget(node)
+    def give_up(self, index: int, count: int) -> int:
+        """Make up to `count` idle blocks of layer group `index` free, idle for longest first; how many it were."""
+        given, pool = 0, self._pools[index]
+        while given < count and (block := pool.longest_idle) is not None:
+            node = self._nodes[index][block]
+            if self._groups[index].window is None:
+                assert not node.children, "children are idle before their parents"
+                self._forget(node)
+            else:
+                self._let_go(node, index)
+                self._prune(node)
             given += 1
         return given
 
@@ -125,22 +146,35 @@ class PrefixIndex:
         """Forget those of `nodes`, a path downwards, that are idle and lead nowhere; how many it were."""
         given = 0
         for node in reversed(nodes):
-            if node in self._idle and not node.children:
-                del self._idle[node]
+            if node.children or node.users or not self._is_known(node):
+                continue
+            if all(pool.is_idle(b) for pool, b in zip(self._pools, node.blocks, strict=True) if b != GONE):
                 self._forget(node)
                 given += 1
         return given
 
-    def _forget(self, node: Node) -> None:
-        assert node.parent is not None and not node.children, "children are idle before their parents"
-        del node.parent.children[node.tokens]
-        for pool, block in zip(self._pools, node.blocks, strict=True):
-            pool.drop((block,))
-        self._size -= 1
-        if node.parent.parent is None:
-            self._drop_root(node.parent)
+    def _is_known(self, node: Node) -> bool:
+        return node.parent is not None and node.parent.children.get(node.tokens) is node
 
-    def _drop_root(self, root: Node) -> None:
-        """Forget a root that nothing follows and nobody uses."""
-        if not root.users and not root.children:
-            self._roots.pop(root.key, None)
+    def _forget(self, node: Node) -> None:
+        for index in range(len(self._pools)):
+            self._let_go(node, index)
+        self._prune(node)
+
+    def _let_go(self, node: Node, index: int) -> None:
+        block = node.blocks[index]
+        if block != GONE:
+            node.blocks[index] = GONE
+            del self._nodes[index][block]
+            self._pools[index].let_go(block)
+
+    def _prune(self, node: Node) -> None:
+        """Take out a node that stands for nothing: no block, no row, no text that goes on; and so its parents."""
+        while not node.users and not node.children and all(block == GONE for block in node.blocks):
+            parent = node.parent
+            if parent is None:
+                self._roots.pop(node.key, None)
+                return
+            if parent.children.get(node.tokens) is node:
+                del parent.children[node.tokens]
+            node = parent

@@ -149,7 +149,6 @@ class Engine:
     def metrics(self) -> Metrics:
         """The numbers now; from any thread, then a step may be under way."""
         tally, room = self.tally, self.room
-        count = max(1, min(pool.count for pool in room.store.blocks))
         return Metrics(
             waiting=len(self.scheduler.waiting_requests),
             running=len(self.scheduler.active_requests),
@@ -161,9 +160,10 @@ class Engine:
             time_to_first_token=tally.time_to_first_token,
             time_per_token=tally.time_per_token,
             cache_use=1 - room.share_available,
-            cache_kept=room.index.idle / count,
+            cache_kept=room.share_kept,
             cached_tokens=room.hits,
             preemptions=self.scheduler.preemptions,
+            swaps=room.swaps,
             last_token=None if tally.last_token is None else perf_counter() - tally.last_token,
         )
 

@@ -26,7 +26,7 @@ from unspool.continuous.reading import BEAMS, Arguments, Reader, merged_config
 from unspool.continuous.requests import GenerationOutput, RequestState, RequestStatus, Usage, Wishes
 from unspool.continuous.room import Room
 from unspool.continuous.scheduler import scheduler_class
-from unspool.continuous.sizes import make_store, tokens_per_step
+from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
 from unspool.continuous.worker import Worker
 from unspool.decode.fault import find_fault
 from unspool.decode.runner import PagedRunner
@@ -396,17 +396,16 @@ class ContinuousBatchingManager:
 
     def _check_fits(self, prompt: int, wishes: Wishes) -> None:
         engine = self._engine
-        size, capacity = engine.room.store.block_size, engine.room.capacity
         rows = int(wishes.config.num_beams or 1) if wishes.mode in BEAMS else 1
         most = wishes.limits.max_columns
         if rows > engine.token_budget:
             raise ValueError(f"num_beams={rows} is more than max_batch_tokens={engine.token_budget}, tokens of a step")
-        if rows > 1:  # at worst beams share no more than the prompt, and computed again not even that
-            shared = prompt // size * size if engine.room.sharing else 0
-            most += (rows - 1) * (-(-most // size) * size - shared)
-        if most > capacity:
+        # at worst beams share no more than the prompt, and computed again not even that
+        if not engine.room.holds(most, rows, prompt if engine.room.sharing else 0):
+            grown = f"{most} in each of {rows} beams" if rows > 1 else f"{most}"
             raise ValueError(
-                f"input_ids has {prompt} tokens and the request may grow to {most}, but the cache holds {capacity}; "
+                f"input_ids has {prompt} tokens and the request may grow to {grown}, but the cache holds "
+                f"{engine.room.capacity}; "
                 "lower max_new_tokens (or num_beams), or raise num_blocks or max_memory_percent"
             )
 
@@ -493,9 +492,11 @@ def _child(name: str, number: int) -> str:
 def _make_engine(model: Model, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
     places = config.max_requests_per_batch or _PLACES
     kind = scheduler_class(config.scheduler_type)
-    store = make_store(model, config, places, wanted)
+    budget = tokens_per_step(config, model.device)
+    store = make_store(model, config, places, budget, wanted)
     # Keys that depend on a row's whole length are not another row's.
-    room = Room(store, sharing=config.allow_block_sharing and not model.spec.needs_extents)
+    sharing = config.allow_block_sharing and not model.spec.needs_extents
+    room = Room(store, sharing=sharing, swap=make_swap(store, config))
     scheduler = kind(room, config.safety_margin, places, recompute_past=model.spec.recompute_past)
     return Engine(
         PagedRunner(model, store, model.device, forks=True),
@@ -503,5 +504,5 @@ def _make_engine(model: Model, config: ContinuousBatchingConfig, outbox: Outbox,
         scheduler,
         PlainRows(places, model.device, partial(find_fault, model)),
         outbox,
-        token_budget=tokens_per_step(config, model.device),
+        token_budget=budget,
     )

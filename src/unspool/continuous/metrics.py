@@ -30,6 +30,7 @@ class Metrics:
         cache_kept: share of the blocks kept of ended requests, which are given up when room is needed.
         cached_tokens: tokens that were found stored and not computed.
         preemptions: how often a request was put back to make room.
+        swaps: how often what was stored of it was copied to the host meanwhile.
         last_token: seconds since a token was made; `None` before any.
     """
 
@@ -46,6 +47,7 @@ class Metrics:
     cache_kept: float
     cached_tokens: int
     preemptions: int
+    swaps: int
     last_token: float | None
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import sys
+from collections.abc import Hashable, Sequence as Items
 from dataclasses import dataclass, field
 
+from unspool.cache.blocks import GONE
 from unspool.cache.paged import PagedStore
 from unspool.cache.prefix import Node, PrefixIndex
+from unspool.cache.swap import Shelf, SwapArea
 from unspool.decode.sequence import Sequence
 
 __all__ = ["Room"]
@@ -22,11 +25,13 @@ class _Trail:
         nodes: its root and the nodes of its full blocks so far.
         promise: the next block, when its tokens are known and being computed.
         moved: the clock when the row last got on.
+        frozen: nothing more of the row is indexed, and the nodes are not its own any more.
     """
 
     nodes: list[Node]
     promise: Promise | None = None
     moved: int = 0
+    frozen: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -41,38 +46,85 @@ class Room:
         sharing: whether rows may share blocks; a model whose keys depend on a row's whole length cannot.
         clock: steps so far. Owner: the scheduler.
         hits: tokens that need not be computed because they were found, ever.
+        swap: where rows that are put back may leave what is stored of them; without it, it is computed again.
+        swaps: how often one did.
     """
 
     store: PagedStore
     sharing: bool
     clock: int = 0
     hits: int = 0
+    swap: SwapArea | None = None
+    swaps: int = 0
     index: PrefixIndex = field(init=False)
     _trails: dict[Sequence, _Trail] = field(default_factory=dict)
     _promises: dict[Promise, Sequence] = field(default_factory=dict)
+    _shelves: dict[Sequence, Shelf] = field(default_factory=dict)  # by the first of the rows
 
     def __post_init__(self) -> None:
-        self.index = PrefixIndex(self.store.blocks)
+        self.index = PrefixIndex(self.store.blocks, self.store.groups, self.store.block_size)
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
-        return min(pool.count for pool in self.store.blocks) * self.store.block_size
+        """Tokens of one row that fit; one that can only look back so far may be of any length."""
+        size = self.store.block_size
+        return min(
+            sys.maxsize
+            if group.window is not None and pool.count >= self._window_blocks(group.window)
+            else pool.count * size
+            for group, pool in zip(self.store.groups, self.store.blocks, strict=True)
+        )
 
-    @property
-    def available(self) -> int:
-        """Blocks (of each layer group) that no live row holds."""
-        return min(pool.free for pool in self.store.blocks) + self.index.idle
+    def holds(self, tokens: int, rows: int = 1, shared: int = 0) -> bool:
+        """Whether `rows` rows of `tokens` tokens, the first `shared` in common, fit when nothing else is there."""
+        every = self.store.blocks_for(tokens)
+        whole = every + (rows - 1) * (every - shared // self.store.block_size)
+        return all(
+            pool.count >= (whole if group.window is None else min(whole, rows * self._window_blocks(group.window)))
+            for group, pool in zip(self.store.groups, self.store.blocks, strict=True)
+        )
 
     @property
     def share_available(self) -> float:
-        """The same as a share of all, 0 to 1."""
-        return self.available / max(1, min(pool.count for pool in self.store.blocks))
+        """The share of blocks that no live row holds, 0 to 1, in the layer group where it is least."""
+        return min((pool.free + pool.idle) / max(1, pool.count) for pool in self.store.blocks)
+
+    @property
+    def share_kept(self) -> float:
+        """The share of blocks that are kept although no live row holds them, in the layer group where it is most."""
+        return max(pool.idle / max(1, pool.count) for pool in self.store.blocks)
 
     def spare(self, row: Sequence) -> int:
         """Tokens that a row can be extended by."""
         held = len(row.blocks[0]) if row.blocks else 0
-        return (held + self.available) * self.store.block_size - row.computed
+        available = min(pool.free + pool.idle for pool in self.store.blocks)
+        return (held + available) * self.store.block_size - row.computed
+
+    def lacks(self, row: Sequence, tokens: int) -> bool:
+        """Whether a row could not get to `tokens` tokens now, in chunks as small as need be."""
+        held = len(row.blocks[0]) if row.blocks else 0
+        need = self.store.blocks_for(tokens) - held
+        return any(
+            (need if group.window is None else min(need, self._window_blocks(group.window))) > pool.free + pool.idle
+            for group, pool in zip(self.store.groups, self.store.blocks, strict=True)
+        )
+
+    def chunk(self, row: Sequence, tokens: int) -> int:
+        """As many of the next `tokens` tokens of a row as layers with a window have room for, and at least one.
+
+        They need room for what one step computes and what that sees, and not for the whole text.
+        """
+        store = self.store
+        store.leave_behind(row)
+        held = len(row.blocks[0]) if row.blocks else 0
+        for group, pool in zip(store.groups, store.blocks, strict=True):
+            if group.window is not None:
+                tokens = min(tokens, (held + pool.free + pool.idle) * store.block_size - row.computed)
+        return max(1, tokens)
+
+    def _window_blocks(self, window: int) -> int:
+        """Blocks that a row needs in layers with a window: what the next token sees, and two that are begun."""
+        return self.store.blocks_for(window) + 2
 
     def admit(self, row: Sequence, key: Hashable) -> bool:
         """Give a row without blocks those that hold its beginning already; `False` when it should wait for some.
@@ -84,15 +136,13 @@ class Room:
             return True
         size, last = self.store.block_size, len(row.tokens) - 1
         root = self.index.root(key)
-        found = self.index.find(root, row.tokens, 0, last, size)
+        found = self.index.find(root, row.tokens, last)
         nodes = [root, *found]
         reach = len(found) * size
         if reach + size <= last and self._is_promised((nodes[-1], tuple(row.tokens[reach : reach + size]))):
             return False
         self.index.use(nodes)
-        row.blocks = [[node.blocks[group] for node in found] for group in range(len(self.store.groups))]
-        for pool, table in zip(self.store.blocks, row.blocks, strict=True):
-            pool.share(table)
+        row.blocks = self.index.tables(found)
         row.computed = reach
         self.hits += reach
         trail = self._trails[row] = _Trail(nodes, moved=self.clock)
@@ -100,39 +150,48 @@ class Room:
         return True
 
     def extend(self, row: Sequence, tokens: int) -> bool:
-        """Make the next `tokens` positions of `row` writable, if need be with room of what is kept of ended rows."""
+        """Make the next `tokens` positions of `row` writable, if need be with room of what is kept of ended rows.
+
+        What no later token of the row sees is dropped.
+        """
         store = self.store
-        while not store.extend(row, tokens):
-            need = store.blocks_for(row.computed + tokens)
-            held = [len(table) for table in row.blocks] or [0] * len(store.groups)
-            short = max(need - have - pool.free for have, pool in zip(held, store.blocks, strict=True))
-            if not self.index.give_up(max(1, short)):
-                return False
-        return True
+        store.leave_behind(row)
+        if store.extend(row, tokens):
+            return True
+        short = [more - pool.free for more, pool in zip(store.missing(row, tokens), store.blocks, strict=True)]
+        if any(more > pool.idle for more, pool in zip(short, store.blocks, strict=True)):
+            return False
+        for index, more in enumerate(short):
+            self.index.give_up(index, more)
+        return store.extend(row, tokens)
 
     def advance(self, row: Sequence) -> None:
         """Index the blocks that a row has filled with tokens that are certain."""
         trail = self._trails.get(row)
-        if trail is None:
+        if trail is None or trail.frozen:
             return
         trail.moved = self.clock
         size, stored = self.store.block_size, min(row.computed, len(row.tokens))
         at = len(trail.nodes) - 1
         while (at + 1) * size <= stored:
             tokens = tuple(row.tokens[at * size : (at + 1) * size])
-            blocks = tuple(table[at] for table in row.blocks)
+            blocks = [table[at] for table in row.blocks]
             node = self.index.add(trail.nodes[-1], tokens, blocks)
             if node.blocks != blocks:  # another row was first: one copy is enough
-                self._exchange(row, at, node)
+                for index, (own, block) in enumerate(zip(blocks, node.blocks, strict=True)):
+                    if own not in (block, GONE):
+                        self.store.exchange(row, index, at, block)
             trail.nodes.append(node)
             at += 1
         self._promise(row, trail)
 
     def freeze(self, row: Sequence) -> None:
-        """From now on others may write the row's blocks (it becomes one of several beams): index nothing more of it."""
+        """From now on the row may come to hold other rows' blocks (it is one of several beams): index no more of it."""
         trail = self._trails.get(row)
-        if trail is not None:
+        if trail is not None and not trail.frozen:
             self._unpromise(trail)
+            self.index.leave(trail.nodes)
+            trail.frozen = True
 
     def release(self, row: Sequence) -> list[Node]:
         """Take a row's blocks; what is indexed of them stays findable. Gives their nodes, a path downwards."""
@@ -141,16 +200,81 @@ class Room:
         trail = self._trails.pop(row, None)
         if trail is None:
             return []
-        self._unpromise(trail)
-        self.index.leave(trail.nodes)
+        if not trail.frozen:
+            self._unpromise(trail)
+            self.index.leave(trail.nodes)
         return trail.nodes[1:]
 
-    def _exchange(self, row: Sequence, at: int, node: Node) -> None:
-        for pool, table, block in zip(self.store.blocks, row.blocks, node.blocks, strict=True):
-            if table[at] != block:
-                pool.share((block,))
-                pool.drop((table[at],))
-                table[at] = block
+    def put_aside(self, rows: Items[Sequence]) -> None:
+        """Copy what is stored of a request's rows, which are to be released, into the swap area if there is room."""
+        if self.swap is None or not rows[0].blocks or rows[0] in self._shelves:
+            return
+        shelf = self.swap.put(rows)
+        if shelf is not None:
+            self._shelves[rows[0]] = shelf
+            self.swaps += 1
+
+    def is_aside(self, row: Sequence) -> bool:
+        """Whether what is stored of a request, whose first row this is, lies in the swap area."""
+        return row in self._shelves
+
+    def bring_back(self, rows: Items[Sequence], key: Hashable) -> bool:
+        """Give rows without blocks what was put aside of them; `False`, with nothing done, when there is no room.
+
+        A single row uses what is indexed of its text, and only the rest is copied.
+        """
+        shelf, swap = self._shelves[rows[0]], self.swap
+        assert swap is not None
+        nodes: list[Node] = []
+        if self.sharing and len(rows) == 1:
+            root = self.index.root(key)
+            nodes = [root, *self.index.find(root, rows[0].tokens, min(shelf.computed[0], len(rows[0].tokens)))]
+        found = [self._found(shelf, index, nodes[1:]) for index in range(len(self.store.groups))]
+        for pool, at in zip(self.store.blocks, found, strict=True):
+            pool.share(list(at.values()))
+        lists = [[b for b in shelf.blocks(index) if b not in found[index]] for index in range(len(found))]
+        if any(len(some) > pool.free + pool.idle for some, pool in zip(lists, self.store.blocks, strict=True)):
+            for pool, at in zip(self.store.blocks, found, strict=True):
+                pool.drop(list(at.values()))
+            return False
+        for index, (some, pool) in enumerate(zip(lists, self.store.blocks, strict=True)):
+            self.index.give_up(index, len(some) - pool.free)
+            taken = pool.take(len(some))
+            assert taken is not None
+            swap.fetch(shelf, index, some, taken)
+            found[index] |= zip(some, taken, strict=True)
+        self._restore(rows, shelf, found)
+        if nodes:
+            self.index.use(nodes)
+            self._trails[rows[0]] = _Trail(nodes, moved=self.clock)
+            self.advance(rows[0])
+        return True
+
+    def _found(self, shelf: Shelf, index: int, nodes: Items[Node]) -> dict[int, int]:
+        """Blocks of a single row's shelf that are indexed too, and where."""
+        table = shelf.tables[0][index] if nodes else []
+        return {
+            block: node.blocks[index]
+            for block, node in zip(table, nodes, strict=False)
+            if GONE not in (block, node.blocks[index])
+        }
+
+    def _restore(self, rows: Items[Sequence], shelf: Shelf, found: Items[dict[int, int]]) -> None:
+        """Make tables of the places found for a shelf's blocks, each with a reference so far."""
+        for row, computed, tables in zip(rows, shelf.computed, shelf.tables, strict=True):
+            row.computed = computed
+            row.blocks = [[at.get(b, GONE) for b in table] for at, table in zip(found, tables, strict=False)]
+        for index, (pool, at) in enumerate(zip(self.store.blocks, found, strict=True)):
+            every = [b for row in rows for b in (row.blocks[index] if row.blocks else ()) if b != GONE]
+            pool.share(every)
+            pool.drop(list(at.values()))
+        self.discard(rows[0])
+
+    def discard(self, row: Sequence) -> None:
+        """Forget what was put aside of a request, whose first row this is."""
+        shelf = self._shelves.pop(row, None)
+        if shelf is not None and self.swap is not None:
+            self.swap.drop(shelf)
 
     def _promise(self, row: Sequence, trail: _Trail) -> None:
         """Let others know which block the row computes next."""

@@ -2,8 +2,9 @@
 
 A scheduler says in which order requests are considered (`schedule_batch`); `fill` does the rest in that order: it
 starts requests while there is room for them, cuts prompts to the token budget, and puts requests back from the end of
-the order when those before them need room. A request that was put back waits in front of the others; what was stored
-of it stays findable until its room is needed, and the rest is computed again.
+the order when those before them need room. A request that was put back waits in front of the others. What was stored
+of it is copied into the swap area where there is one with room for it, and back later; else it stays findable until its
+room is needed, and the rest is computed again.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class Scheduler(ABC):
         """
         state = self.active_requests.pop(request_id, None)
         if state is None:
-            self.waiting_requests.pop(request_id, None)
+            waited = self.waiting_requests.pop(request_id, None)
+            if waited is not None:
+                self.cache.discard(waited.rows[0])
             return
         self._stop(state, forget=evict_from_cache)
 
@@ -152,10 +155,11 @@ class Scheduler(ABC):
             if stored > cache_budget and chosen:
                 continue
             if waits:
-                if not self.cache.admit(state.rows[0], state.wishes.key):
+                row = state.rows[0]
+                if not self.cache.is_aside(row) and not self.cache.admit(row, state.wishes.key):
                     continue  # its beginning is just being computed
                 if self._lacks_room(state) and not any(_runs(other) for other in order[place + 1 : last]):
-                    self.cache.release(state.rows[0])
+                    self.cache.release(row)
                     full = True
                     continue
                 self._start(state)
@@ -185,8 +189,7 @@ class Scheduler(ABC):
     def _lacks_room(self, state: RequestState) -> bool:
         """Whether a waiting request, of which what is stored was found, could not get to its next token now."""
         row = state.rows[0]
-        held = len(row.blocks[0]) if row.blocks else 0
-        return self.cache.store.blocks_for(row.known) - held > self.cache.available
+        return self.cache.lacks(row, row.known)
 
     def _start(self, state: RequestState) -> None:
         """Begin a waiting request, of which what is stored was found."""
@@ -202,15 +205,16 @@ class Scheduler(ABC):
     def _stop(self, state: RequestState, *, forget: bool) -> None:
         """Take a running request's blocks and its place."""
         state.work, state.reach, state.boundary = [], 0, 0
-        for row in state.rows:
-            state.nodes = self.cache.release(row)
-            if forget:
-                self.cache.index.forget(state.nodes)
+        state.nodes = [node for row in state.rows for node in self.cache.release(row)]
+        if forget:
+            self.cache.index.forget(state.nodes)
         state.home.leave(state)
 
     def _preempt(self, state: RequestState, *, counts: bool = True) -> None:
         """Put a running request back; it is next of those that wait."""
         del self.active_requests[state.request_id]
+        if counts:
+            self.cache.put_aside(state.rows)
         self._stop(state, forget=False)
         state.status = RequestStatus.PENDING
         state.preemptions += counts
@@ -227,6 +231,8 @@ class Scheduler(ABC):
 
     def _plan(self, state: RequestState, budget: int) -> bool:
         """Set `work` of a running request; `False` when there is no room for it."""
+        if self.cache.is_aside(state.rows[0]) and not self.cache.bring_back(state.rows, state.wishes.key):
+            return False
         if len(state.rows) == 1:
             return self._plan_row(state, state.rows[0], budget)
         return self._plan_rows(state, budget)
@@ -248,6 +254,8 @@ class Scheduler(ABC):
             feed = keep = 1 + len(row.draft)
         if feed > budget:
             feed, keep = budget, 0
+        if feed > keep and (fits := self.cache.chunk(row, feed)) < feed:
+            feed, keep = fits, 0
         end = row.computed + feed
         # What a row writes into is its own, so that only a new block needs asking for.
         if (not row.blocks or end > len(row.blocks[0]) * self.cache.store.block_size) and not self.cache.extend(
@@ -292,6 +300,7 @@ class Scheduler(ABC):
                 break  # a row before it is computing what they share
             behind = min(row.known - row.computed - 1, budget)
             if behind > 0:
+                behind = self.cache.chunk(row, behind)
                 if not self.cache.extend(row, behind):
                     return False
                 work.append(Work(row, behind, 0, group))

@@ -2,48 +2,112 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence as Items
 
 import torch
 
+from unspool.attention.registry import paged_attention
+from unspool.cache.layout import LayerGroup
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
+from unspool.cache.swap import SwapArea
 from unspool.config import ContinuousBatchingConfig
+from unspool.decode.sequence import Sequence
 from unspool.errors import OutOfMemory
-from unspool.models.base import Model
+from unspool.models.base import Batch, Model
 
-__all__ = ["make_store", "tokens_per_step"]
+__all__ = ["make_store", "make_swap", "share_out", "tokens_per_step"]
+
+logger = logging.getLogger("unspool")
 
 # Shares of the free memory taken when nobody says. A CPU's memory serves other programs too, and is only taken as the
-# cache fills.
+# cache fills; what a step needs besides comes out of the rest.
 _SHARE = {"cuda": 0.9, "cpu": 0.3}
 _LONGEST = 32768  # positions counted for each request; a model may have a million
 _TOKENS_PER_STEP = {"cuda": 8192}
+# Tensors of `[rows, vocab]` in fp32 that choosing tokens takes at its height.
+_SCORES = 4
 
 
-def make_store(model: Model, config: ContinuousBatchingConfig, places: int, wanted: int | None = None) -> PagedStore:
+def make_store(
+    model: Model, config: ContinuousBatchingConfig, places: int, budget: int, wanted: int | None = None
+) -> PagedStore:
     """A store of fixed size: by number, or by a share of the free memory and not more than can be used.
+
+    On a GPU, a step of the largest kind is computed first, and what it takes besides the store is left free.
 
     Args:
         model: whose keys and values it keeps.
         config: `num_blocks` blocks of `page_size` tokens, or `max_memory_percent` of the free memory.
         places: most requests at a time.
+        budget: most tokens in a step.
         wanted: tokens that are known to be enough, or `None`.
 
     Raises:
         OutOfMemory: not even one block fits.
     """
+    groups, device = model.spec.groups, model.device
+    most = [_most(group, places, budget) for group in groups]
     if config.num_blocks is not None:
         blocks = -(-config.num_blocks * config.page_size // BLOCK_SIZE)
+        counts = [blocks if limit is None else min(limit, blocks) for limit in most]
     else:
-        device = model.device
-        per_block = BLOCK_SIZE * sum(group.bytes_per_token(model.dtype.itemsize) for group in model.spec.groups)
-        free = _free_memory(device)
+        each = [BLOCK_SIZE * group.bytes_per_token(model.dtype.itemsize) for group in groups]
+        working = _warm_up(model, places, budget) if device.type == "cuda" else 0
         share = config.max_memory_percent or _SHARE.get(device.type, 0.5)
         useful = places * min(model.spec.max_positions, _LONGEST) if wanted is None else wanted + places * BLOCK_SIZE
-        blocks = min(int(free * share) // per_block, -(-useful // BLOCK_SIZE))
-        if blocks < 1:
-            raise OutOfMemory("one block of the key/value cache", needed=per_block, available=int(free * share))
-    return PagedStore(model.spec.groups, blocks, dtype=model.dtype, device=model.device, block_size=BLOCK_SIZE)
+        space = int(max(0, _free_memory(device) - working) * share)
+        counts = share_out(space, each, most, -(-useful // BLOCK_SIZE))
+        if min(counts) < 1:
+            raise OutOfMemory("one block of the key/value cache", needed=sum(each), available=space)
+    return PagedStore(groups, counts, dtype=model.dtype, device=device, block_size=BLOCK_SIZE)
+
+
+def make_swap(store: PagedStore, config: ContinuousBatchingConfig) -> SwapArea | None:
+    """Room on the host for rows that are put back; `None` where none is asked for, or not one block fits.
+
+    `cpu_offload_space` GiB, but at most the share `cpu_offload_space_safety_threshold` of the host's free memory, which
+    is what `None` takes.
+    """
+    if config.cpu_offload_space == 0:
+        return None
+    most = int(_free_memory(torch.device("cpu")) * config.cpu_offload_space_safety_threshold)
+    asked = most if config.cpu_offload_space is None else int(config.cpu_offload_space * 2**30)
+    if asked > most > 0:  # a threshold of 0 sets no limit
+        logger.warning(
+            "cpu_offload_space=%.2f GiB is more than is free; %.2f GiB are used", asked / 2**30, most / 2**30
+        )
+        asked = most
+    counts = [pool.count for pool in store.blocks]
+    share = asked / sum(map(int.__mul__, counts, store.block_bytes()))
+    counts = [int(count * share) for count in counts]
+    return SwapArea(store, counts) if min(counts) > 0 else None
+
+
+def share_out(space: int, each: Items[int], most: Items[int | None], useful: int) -> list[int]:
+    """Blocks of every layer group that `space` bytes hold: as many of each, but no more than it can ever need.
+
+    Args:
+        space: bytes.
+        each: bytes that a block takes, of each group.
+        most: blocks that a group can ever need at the same time; `None` for as many as there are tokens.
+        useful: blocks that are of use to a group without such a limit.
+    """
+    limits = [useful if limit is None else min(limit, useful) for limit in most]
+    counts = [0] * len(each)
+    open_groups = sorted(range(len(each)), key=limits.__getitem__)
+    while open_groups:
+        fits = space // sum(each[index] for index in open_groups)
+        index = open_groups[0]
+        if fits <= limits[index]:
+            for other in open_groups:
+                counts[other] = fits
+            break
+        counts[index] = limits[index]
+        space -= counts[index] * each[index]
+        open_groups.pop(0)
+    return counts
 
 
 def tokens_per_step(config: ContinuousBatchingConfig, device: torch.device) -> int:
@@ -51,9 +115,47 @@ def tokens_per_step(config: ContinuousBatchingConfig, device: torch.device) -> i
     return config.max_batch_tokens or _TOKENS_PER_STEP.get(device.type, 1024)
 
 
+def _most(group: LayerGroup, places: int, budget: int) -> int | None:
+    """Blocks that live rows can ever hold in layers with a window: what each sees, and what a step adds."""
+    if group.window is None:
+        return None
+    return places * (-(-group.window // BLOCK_SIZE) + 2) + -(-budget // BLOCK_SIZE)
+
+
+def _warm_up(model: Model, places: int, budget: int) -> int:
+    """Bytes that a step of `budget` tokens takes at its height, besides weights and the store: measured on the GPU."""
+    device, tokens = model.device, min(budget, model.spec.max_positions)
+    store = PagedStore(model.spec.groups, -(-tokens // BLOCK_SIZE), dtype=model.dtype, device=device)
+    row = Sequence(0, [0] * tokens)
+    store.reserve(row, tokens)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.no_grad():
+        _one_step(model, store, row)
+    torch.cuda.synchronize(device)
+    taken = torch.cuda.max_memory_allocated(device) - before
+    return taken * -(-budget // tokens) + _SCORES * places * model.spec.vocab_size * 4
+
+
+def _one_step(model: Model, store: PagedStore, row: Sequence) -> torch.Tensor:
+    """Compute all tokens of a row that has room in `store`."""
+    device, tokens = model.device, len(row.tokens)
+    return model.step(
+        Batch(
+            tokens=torch.tensor(row.tokens, device=device),
+            positions=torch.arange(tokens, device=device),
+            attend=paged_attention(store, [row], [tokens]),
+            keep=torch.tensor([tokens - 1], device=device),
+            extents=torch.full((tokens,), tokens, device=device) if model.spec.needs_extents else None,
+        )
+    )
+
+
 def _free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

@@ -48,7 +48,7 @@ class Plan:
     Args:
         lengths: tokens of each row, the new ones included.
         feeds: how many of them are new.
-        tables: block numbers of each row, for at least as many tokens.
+        tables: block numbers of each row, for at least as many tokens; those that no token sees may be any number.
         block_size: tokens in a block.
         window: how many tokens a query sees, itself included; `None` sees all before it.
 
@@ -75,8 +75,9 @@ class Plan:
                 raise ValueError(f"a row of {length} tokens cannot have {feed} new ones")
             if need > len(table):
                 raise ValueError(f"a row of {length} tokens does not fit {len(table)} blocks of {block_size}")
-            plan += (length, feed, tokens, len(blocks))
-            blocks += table[:need]
+            seen = 0 if window is None else max(0, length - feed + 1 - window) // block_size
+            plan += (length, feed, tokens, len(blocks) - seen)  # no block before that is looked up
+            blocks += table[seen:need]
             tokens += feed
         self.tokens = tokens
         # An array of Python's own is made from a list of numbers much faster than numpy's.
