@@ -910,3 +910,97 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     with make(model) as manager:
         manager.get_result(manager.add_request(PROMPTS[0]))
     assert (set(vars(model)), model.generation_config.to_dict()) == before
+
+
+# Numbers
+
+
+class Clock:
+    """Seconds that pass only when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", self)
+        for name in ("engine", "metrics", "scheduler"):
+            monkeypatch.setattr(f"unspool.continuous.{name}.perf_counter", self)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_metrics_by_hand(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step a second; chunks of 16 tokens. Blocks are of 16 tokens, 8 of them."""
+    clock = Clock(monkeypatch)
+    manager = make(model, num_blocks=8, max_batch_tokens=16, safety_margin=0.0)
+
+    def step() -> Any:
+        clock.now += 1
+        manager.step()
+        return manager.metrics
+
+    before = manager.metrics
+    assert (before.tokens_per_second, before.cache_use, before.cache_kept) == (0, 0, 0)
+    assert before.time_to_first_token is before.time_per_token is before.prefix_hits is before.acceptance is None
+    assert before.last_token is None
+    long = list(range(1, 37))  # 36 tokens: chunks of 16, 16 and 4
+    manager.add_request(long, "first", max_new_tokens=3)
+    assert manager.metrics.waiting == 1 and manager.metrics.running == 0
+    one = step()
+    assert (one.waiting, one.running, one.steps, one.tokens_fed, one.tokens_made) == (0, 1, 1, 16, 0)
+    assert one.cache_use == 1 / 8
+    step()
+    three = step()  # the first token, 3 s after the request came
+    assert (three.steps, three.tokens_fed, three.tokens_made, three.last_token) == (3, 36, 1, 0)
+    assert three.cache_use == 3 / 8
+    clock.now += 1.5
+    assert manager.metrics.last_token == 1.5
+    step()
+    end = step()  # the third token, 3.5 s after the first
+    assert end.finished == {"length": 1} and end.running == 0
+    assert end.time_to_first_token == 3 and end.time_per_token == 3.5 / 2
+    assert end.tokens_made == 3 and end.tokens_fed == 38
+    assert end.tokens_per_second == 2 / 3.5  # since the first
+    assert (end.cache_use, end.cache_peak, end.cache_kept) == (0, 3 / 8, 2 / 8)  # two of its blocks are full
+    assert end.prefix_hits == 0
+    manager.add_request(long[:33], "second", max_new_tokens=2)  # finds 32 of its tokens
+    step()
+    found = manager.metrics
+    assert (found.cached_tokens, found.prefix_hits, found.tokens_fed) == (32, 32 / (36 + 33), 39)
+    assert (found.cache_use, found.cache_kept) == (3 / 8, 0)
+    last = step()
+    assert last.time_to_first_token == (3 + 1) / 2 and last.time_per_token == (3.5 + 1) / 3
+    clock.now += 9
+    assert manager.metrics.tokens_per_second == pytest.approx(1 / 10)  # two tokens lately, one of them since the other
+    clock.now += 2
+    assert manager.metrics.tokens_per_second == 0
+    assert manager.metrics.preemptions == 0
+
+
+def test_metrics_count_what_was_made(model: Any) -> None:
+    """Tokens of beams, drafts and failed requests are those that outputs have; a refused start is no hit."""
+    manager = make(model, num_blocks=7, safety_margin=0.0)
+    prompt = [5, 6, 7, 8] * 8
+    assert [manager.step(), manager.add_request(prompt, max_new_tokens=30)] == [False, "req_0"]
+    manager.step()
+    for more in (
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3, "max_new_tokens": 20},
+        {"logits_processor": [Breaks(36)]},
+        {"stopping_criteria": [BreaksToo()]},
+        {"num_return_sequences": 2, "do_sample": True, "seed": 1, "max_new_tokens": 50},
+    ):
+        manager.add_request([*prompt, 9], **more)
+    outputs = []
+    while manager.step():
+        while (output := manager.get_result(timeout=0)) is not None:
+            outputs.append(output)
+    metrics = manager.metrics
+    assert len(outputs) == 8
+    assert sum(len(one.generated_tokens) for one in outputs) == metrics.tokens_made
+    usage = [one.usage for one in outputs]
+    assert sum(one.preemptions for one in usage) == metrics.preemptions > 0
+    drafted, accepted = (sum(getattr(one, f"{name}_tokens") for one in usage) for name in ("drafted", "accepted"))
+    assert (metrics.drafted_tokens, metrics.accepted_tokens) == (drafted, accepted)
+    assert metrics.acceptance == accepted / drafted
+    assert 0 < metrics.cached_tokens <= 33 * 5 + 83 * metrics.preemptions
+    assert metrics.prefix_hits is not None and 0 < metrics.prefix_hits < 1

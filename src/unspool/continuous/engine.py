@@ -79,7 +79,7 @@ class Engine:
         self.parents: dict[str, str] = {}
         self._loop = Loop(runner, self, device=device, in_step=True, failed=self._group_failed)
         self._scheduled: list[RequestState] = []
-        self._fed = self._made = 0  # tokens of the step
+        self._fed = 0  # tokens of the step
         self._idle = 0  # steps in a row that fed nothing
         self._ended: dict[str, list[Node]] = {}
         self._deadlines: list[tuple[float, str]] = []  # when, and whose; some of them are over
@@ -133,7 +133,6 @@ class Engine:
         single.sort(key=_place)
         work = single + [item for state in self._scheduled if state.home.group is not group for item in state.work]
         self._fed = sum([item.feed for item in work])
-        self._made = sum([item.keep for item in work])
         return work
 
     def answer_all(self, reason: str, error: BaseException | None) -> None:
@@ -160,8 +159,12 @@ class Engine:
             time_to_first_token=tally.time_to_first_token,
             time_per_token=tally.time_per_token,
             cache_use=1 - room.share_available,
+            cache_peak=tally.cache_peak,
             cache_kept=room.share_kept,
             cached_tokens=room.hits,
+            prefix_hits=room.hits / room.asked if room.asked else None,
+            drafted_tokens=tally.drafted,
+            accepted_tokens=tally.accepted,
             preemptions=self.scheduler.preemptions,
             swaps=room.swaps,
             last_token=None if tally.last_token is None else perf_counter() - tally.last_token,
@@ -183,10 +186,14 @@ class Engine:
     def _look_after(self) -> None:
         """After a step: index what is stored, tell those who follow, and close requests that ended."""
         room, sent, size = self.room, self._sent, self.room.store.block_size
+        plain, made = self.plain.group, self.plain.made
+        use = 1 - room.share_available
         failed, self.scheduler.failed = self.scheduler.failed, []
         for state in failed:
             self._close(state)
         for state in self._scheduled:
+            if state.home.group is not plain:
+                made += state.newly_made()
             if state.error is None:
                 computed = state.rows[0].computed
                 if state.status is RequestStatus.PREFILLING:
@@ -199,7 +206,8 @@ class Engine:
                     self._tell(state)
             if state.finish_reason is not None:
                 self._close(state)
-        self.tally.step(self._fed, self._made)
+        self.plain.made = 0
+        self.tally.step(self._fed, made, use)
 
     def _tell(self, state: RequestState) -> None:
         """Give new tokens to those who follow a request."""

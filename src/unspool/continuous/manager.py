@@ -16,6 +16,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from unspool.config import ContinuousBatchingConfig, GenerationConfig, GenerationMode
+from unspool.config.ranges import Check, check_number
 from unspool.continuous.beams import BeamRows
 from unspool.continuous.drafted import DraftedRow
 from unspool.continuous.engine import Engine
@@ -27,6 +28,7 @@ from unspool.continuous.requests import GenerationOutput, RequestState, RequestS
 from unspool.continuous.room import Room
 from unspool.continuous.scheduler import scheduler_class
 from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
+from unspool.continuous.view import Watch
 from unspool.continuous.worker import Worker
 from unspool.decode.fault import find_fault
 from unspool.decode.runner import PagedRunner
@@ -123,7 +125,19 @@ class ContinuousBatchingManager:
     @property
     def metrics(self) -> Metrics:
         """What it has done, in numbers."""
-        return self._engine.metrics()
+        return self._worker.metrics()
+
+    def watch(self, every: float = 0.5) -> Watch:
+        """Show `metrics` in the terminal (on stderr) while the returned context is open, anew every `every` seconds.
+
+            with manager, manager.watch():
+                outputs = list(manager)
+
+        Raises:
+            ValueError, TypeError: `every` is no number of seconds.
+        """
+        check_number("every", every, Check(float, 0.05, 3600))
+        return Watch(self._worker.metrics, every=every)
 
     @property
     def fatal_error(self) -> BaseException | None:

@@ -22,13 +22,17 @@ class Metrics:
         finished: requests that ended, by finish reason.
         steps: steps so far.
         tokens_fed: tokens computed, those computed again included.
-        tokens_made: output tokens.
+        tokens_made: output tokens; of beams, those that all live ones agree on, and at the end those of the outputs.
         tokens_per_second: output tokens a second over the last ten seconds.
-        time_to_first_token: mean seconds from a request's arrival to its first token; `None` before any.
+        time_to_first_token: mean seconds from a request's arrival to its first token, of requests that ended; `None`
+            before any.
         time_per_token: mean seconds between a request's tokens after the first, of requests that ended.
         cache_use: share of the blocks that live requests hold.
+        cache_peak: the largest such share after any step.
         cache_kept: share of the blocks kept of ended requests, which are given up when room is needed.
         cached_tokens: tokens that were found stored and not computed.
+        prefix_hits: the same as a share of the tokens that requests had when they began (again); `None` before any.
+        drafted_tokens, accepted_tokens: tokens that were drafted, and that were taken of them, by requests that ended.
         preemptions: how often a request was put back to make room.
         swaps: how often what was stored of it was copied to the host meanwhile.
         last_token: seconds since a token was made; `None` before any.
@@ -44,11 +48,20 @@ class Metrics:
     time_to_first_token: float | None
     time_per_token: float | None
     cache_use: float
+    cache_peak: float
     cache_kept: float
     cached_tokens: int
+    prefix_hits: float | None
+    drafted_tokens: int
+    accepted_tokens: int
     preemptions: int
     swaps: int
     last_token: float | None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were taken; `None` before any."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
 
 
 @dataclass(slots=True)
@@ -58,16 +71,20 @@ class Tally:
     steps: int = 0
     tokens_fed: int = 0
     tokens_made: int = 0
+    cache_peak: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     last_token: float | None = None
     _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=100_000))
     _first: tuple[int, float] = (0, 0.0)
     _between: tuple[int, float] = (0, 0.0)
 
-    def step(self, fed: int, made: int) -> None:
-        """One step was computed."""
+    def step(self, fed: int, made: int, cache_use: float) -> None:
+        """One step was computed, with so much of the cache in use."""
         now = perf_counter()
         self.steps += 1
+        self.cache_peak = max(self.cache_peak, cache_use)
         self.tokens_fed += fed
         if made:
             self.tokens_made += made
@@ -79,6 +96,8 @@ class Tally:
     def end(self, state: RequestState) -> None:
         """A request ended."""
         self.finished[state.finish_reason or "error"] += 1
+        self.drafted += state.drafted
+        self.accepted += state.accepted
         if state.first_token is None:
             return
         count, total = self._first

@@ -62,6 +62,7 @@ class PlainRows:
     def __init__(self, places: int, device: torch.device, find_fault: Callable[[Sequence], str]) -> None:
         self.group = Group([], self, self)
         self.states: list[RequestState | None] = [None] * places
+        self.made = 0  # tokens; the engine reads them after a step, and sets this back
         self._free = list(range(places))
         heapify(self._free)
         self._device = device
@@ -182,10 +183,12 @@ class PlainRows:
         assert isinstance(choice, PlainChoice)
         now = time.perf_counter()
         read: list[RequestState] = []
+        self.made += len(rows)
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             state = self.states[row.row]
             assert state is not None
             if token < 0:
+                self.made -= 1
                 self._fail(state, row, (choice.failed or {}).get(i))
                 continue
             row.tokens.append(token)

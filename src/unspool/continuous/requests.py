@@ -209,7 +209,7 @@ class RequestState:
     finish_reason: str | None = None
     stop: int | str | None = None
     error: BaseException | None = None
-    created_time: float = field(default_factory=time.perf_counter)
+    created_time: float = field(default_factory=lambda: time.perf_counter())
     lifespan: tuple[float, float] = (-1, -1)
     first_token: float | None = None
     timestamps: list[float] = field(default_factory=list)
@@ -227,6 +227,8 @@ class RequestState:
     """What is kept of it in the prefix index since it ended."""
     made: list[int] | None = None
     """The output, where it is not the first row's."""
+    counted: int = 0
+    """Output tokens that are counted already, where they are not one a step. Owner: `newly_made`."""
     reach: int = 0
     """Tokens that the row's blocks have room for. Owner: the scheduler."""
     boundary: int = 0
@@ -254,6 +256,12 @@ class RequestState:
     def generated_tokens(self) -> list[int]:
         """Tokens made so far."""
         return self.rows[0].tokens[len(self.prompt_ids) :] if self.made is None else self.made
+
+    def newly_made(self) -> int:
+        """Output tokens since the last call, of its children too."""
+        before = self.counted
+        self.counted = sum(len(one.generated_tokens) for one in (self, *self.children))
+        return self.counted - before
 
     def current_len(self) -> int:
         """Tokens whose keys and values are stored, of all rows."""

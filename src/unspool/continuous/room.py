@@ -48,6 +48,7 @@ class Room:
         hits: tokens that need not be computed because they were found, ever.
         swap: where rows that are put back may leave what is stored of them; without it, it is computed again.
         swaps: how often one did.
+        asked: tokens that were looked for, ever.
     """
 
     store: PagedStore
@@ -56,6 +57,7 @@ class Room:
     hits: int = 0
     swap: SwapArea | None = None
     swaps: int = 0
+    asked: int = 0
     index: PrefixIndex = field(init=False)
     _trails: dict[Sequence, _Trail] = field(default_factory=dict)
     _promises: dict[Promise, Sequence] = field(default_factory=dict)
@@ -144,10 +146,14 @@ class Room:
         self.index.use(nodes)
         row.blocks = self.index.tables(found)
         row.computed = reach
-        self.hits += reach
         trail = self._trails[row] = _Trail(nodes, moved=self.clock)
         self._promise(row, trail)
         return True
+
+    def count(self, row: Sequence) -> None:
+        """Note that a row begins with what it was given by `admit`."""
+        self.asked += len(row.tokens)
+        self.hits += row.computed
 
     def extend(self, row: Sequence, tokens: int) -> bool:
         """Make the next `tokens` positions of `row` writable, if need be with room of what is kept of ended rows.

@@ -194,6 +194,8 @@ class Scheduler(ABC):
     def _start(self, state: RequestState) -> None:
         """Begin a waiting request, of which what is stored was found."""
         first = state.rows[0]
+        if not self.cache.is_aside(first):
+            self.cache.count(first)
         del self.waiting_requests[state.request_id]
         self.active_requests[state.request_id] = state
         if state.lifespan[0] < 0:
@@ -295,9 +297,11 @@ class Scheduler(ABC):
         alike = all(len(row.tokens) == len(state.prompt_ids) for row in live)
         every = True
         for row in live[:1] if alike else live:
-            if row is not first and not row.blocks and not self.cache.admit(row, state.wishes.key):
-                every = False
-                break  # a row before it is computing what they share
+            if row is not first and not row.blocks:
+                if not self.cache.admit(row, state.wishes.key):
+                    every = False
+                    break  # a row before it is computing what they share
+                self.cache.count(row)
             behind = min(row.known - row.computed - 1, budget)
             if behind > 0:
                 behind = self.cache.chunk(row, behind)

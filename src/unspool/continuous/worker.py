@@ -8,9 +8,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from time import monotonic
 
 from unspool.continuous.engine import Engine
+from unspool.continuous.metrics import Metrics
 from unspool.continuous.requests import RequestState
 from unspool.errors import ManagerStopped, QueueFull
 
@@ -76,6 +78,11 @@ class Worker:
             self._check_queue(states)
             self._arrived += states
             self._changed.notify_all()
+
+    def metrics(self) -> Metrics:
+        """The engine's numbers, with the requests that it has not taken in yet among those that wait."""
+        numbers = self.engine.metrics()
+        return replace(numbers, waiting=numbers.waiting + len(self._arrived))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a live request; it is answered before the next step."""
