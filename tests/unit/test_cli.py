@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from commands import COMMAND, ENVIRONMENT, one_error, terminal, unspool
 
 from unspool import __version__
 from unspool.cli.run import run
 
-COMMAND = [sys.executable, "-m", "unspool.cli"]
 PROMPT = "Once upon a time"
-ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-ENVIRONMENT.pop("UNSPOOL_TRACEBACK", None)
-
-
-def unspool(*arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run one command with pipes at all ends."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=120,
-        check=False,
-    )
-
-
-def one_error(code: int, expected: int, output: str, errors: str) -> str:
-    """The one line on stderr of a command that failed as expected and printed nothing."""
-    assert code == expected, errors
-    assert output == ""
-    (line,) = errors.splitlines()
-    assert line.startswith("unspool: error: ")
-    return line
 
 
 # Help, version, mistakes: no model is loaded
@@ -57,7 +26,7 @@ def test_version() -> None:
     assert (result.returncode, result.stdout) == (0, f"unspool {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["inspect"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["inspect"], ["bench"], ["info"]])
 def test_help_fits_a_terminal(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +62,16 @@ def test_help_imports_nothing_heavy() -> None:
         (["generate", PROMPT, "--json-schema", "{nothing}"], "json_schema is not valid JSON"),
         (["generate", PROMPT, "--grammar", "/no/such.lark"], "/no/such.lark"),
         (["generate", PROMPT, "--threads", "0"], "--threads"),
+        (["generate", PROMPT, "--watch"], "--input"),
+        (["bench", "--prompt-tokens", "many"], "one number of tokens or two"),
+        (["bench", "--output-tokens", "9:8"], "at most the second"),
+        (["bench", "--output-tokens", "0"], "at least 1"),
+        (["bench", "--requests", "0"], "--requests"),
+        (["bench", "--rate", "0"], "--rate"),
+        (["bench", "--shared-prefix", "64"], "--shared-prefix"),
+        (["bench", "--prompt-tokens", "1000", "--output-tokens", "25"], "1024 positions"),
+        (["bench", "--input", "/no/such.jsonl"], "no such file"),
+        (["bench", "--watch"], "no terminal"),
         (["tell"], "tell"),
     ],
 )
@@ -315,71 +294,11 @@ def test_answers_break_between_words(size: int) -> None:
     assert [line.strip() for line in shown.split("\n") if len(line) > 12] == ["supercalifragilistic"]
 
 
-# Makes stdin the controlling terminal, so that Ctrl-C reaches the program.
-IN_TERMINAL = (
-    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv[0] = 'unspool'\n"
-    "from unspool.cli import main; main()"
-)
-
-
 # An answer of 400 tokens then takes 40 s, so that a key pressed while it is written cannot come too late.
 SLOWLY = (
     "import time; from unspool.cli import text; put = text.Printer.put\n"
     "text.Printer.put = lambda self, ids: (time.sleep(0.1), put(self, ids))\n"
 )
-
-
-class Terminal:
-    """A program in a terminal of its own."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self.descriptor, text.encode())
-
-    def read(self) -> None:
-        """Take in some more of what the program shows."""
-        ready, _, _ = select.select([self.descriptor], [], [], 60)
-        assert ready, f"nothing more after {self.seen!r}"
-        self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
-
-    def press(self, key: str, until: str, since: int) -> int:
-        """Type a key again and again until `until` appears: input() may miss a signal while it sets itself up."""
-        for _ in range(60):
-            self.type(key)
-            ready, _, _ = select.select([self.descriptor], [], [], 1)
-            if ready:
-                return self.wait_for(until, since)
-        pytest.fail(f"{key!r} does nothing after {self.seen!r}")
-
-    def wait_for(self, text: str, since: int = 0) -> int:
-        """Read until `text` appears behind `since`; returns the place behind it."""
-        while (at := self.seen.find(text, since)) < 0:
-            self.read()
-        return at + len(text)
-
-
-@contextmanager
-def terminal(*arguments: str, before: str = "") -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", before + IN_TERMINAL, *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    try:
-        yield Terminal(ours), process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        os.close(ours)
 
 
 def test_chat_ctrl_c_stops_the_answer_only(tiny_llama_dir: Path) -> None:
@@ -414,87 +333,3 @@ def test_chat_commands(tiny_llama_dir: Path) -> None:
         at = screen.wait_for("tokens/s", at)
         screen.type("exit\n")
         assert process.wait(60) == 0
-
-
-# Files of prompts
-
-
-def lines_of(path: Path) -> dict[int, dict[str, object]]:
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len({line["line"] for line in found}) == len(found), "no line twice"
-    return {line["line"]: line for line in found}
-
-
-def test_a_file_of_prompts(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(
-        '{"prompt": "Once upon a time", "id": "first"}\n'
-        '{"prompt": "The fox", "max_new_tokens": 3}\n'
-        "no json\n"
-        '{"prompt": "The owl", "temprature": 2}\n'
-        '{"max_new_tokens": 3}\n'
-        '{"prompt": "A river", "do_sample": true, "seed": 1, "num_return_sequences": 2}\n'
-        '{"messages": [{"role": "user", "content": "Hello"}]}'
-    )
-    command = ["generate", "-m", tiny_llama_dir, "--input", source, "--output", target, "--max-new-tokens", "5"]
-    result = unspool(*command)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
-    assert [line for line in result.stderr.splitlines() if "line 3:" in line or "line 4:" in line or "line 5:" in line]
-    assert "7 lines written, 3 of them with an error" in result.stderr
-    lines = lines_of(target)
-    assert sorted(lines) == list(range(1, 8))
-    alone = json.loads(
-        unspool("generate", "-m", tiny_llama_dir, "--max-new-tokens", "5", "--json", "Once upon a time").stdout
-    )
-    assert lines[1]["id"] == "first"
-    assert lines[1]["text"] == alone["outputs"][0]["text"]
-    assert lines[2]["tokens"] == 3
-    assert [lines[i]["finish_reason"] for i in (3, 4, 5)] == ["rejected"] * 3
-    assert "temprature" in str(lines[4]["error"])
-    assert len(lines[6]["outputs"]) == 2  # type: ignore[arg-type]
-
-    whole = target.read_bytes()
-    again = unspool(*command)
-    assert (again.returncode, target.read_bytes()) == (0, whole)
-    target.write_bytes(whole[: whole.index(b"\n") + 20])  # as a kill may leave it
-    assert unspool(*command).returncode == 0
-    assert lines_of(target) == lines
-
-
-def test_a_file_of_prompts_after_a_kill(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(f'{{"prompt": "The fox {i}", "max_new_tokens": {1 + i * 3}}}\n' for i in range(60)))
-    command = [*COMMAND, "generate", "-m", str(tiny_llama_dir), "--input", str(source), "--output", str(target)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
-        while not target.exists() or target.stat().st_size < 200:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-    before = target.read_bytes()
-    result = unspool(*command[len(COMMAND) :])
-    assert result.returncode == 0, result.stderr
-    assert target.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
-    assert sorted(lines_of(target)) == list(range(1, 61))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--input", "x"], "go together"),
-        (["--output", "x"], "go together"),
-        (["--input", "x", "--output", "y", "Once"], "go together"),
-        (["--input", "nowhere.jsonl", "--output", "y"], "no such file"),
-        (["--input", "pyproject.toml", "--output", "pyproject.toml"], "is the input"),
-        (["--input", "pyproject.toml", "--output", "README.md"], "not of this command"),
-    ],
-)
-def test_mistakes_about_files(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("pyproject.toml", "README.md"):
-        (tmp_path / name).write_text("text\n")
-    monkeypatch.chdir(tmp_path)
-    code = run(["generate", *arguments])
-    assert says in one_error(code, 2, *capsys.readouterr())
-    assert (tmp_path / "README.md").read_text() == "text\n"

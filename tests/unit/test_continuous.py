@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import multiprocessing
 import subprocess
 import sys
@@ -951,7 +952,7 @@ def test_metrics_by_hand(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     step()
     three = step()  # the first token, 3 s after the request came
     assert (three.steps, three.tokens_fed, three.tokens_made, three.last_token) == (3, 36, 1, 0)
-    assert three.cache_use == 3 / 8
+    assert (three.time_to_first_token, three.time_per_token, three.cache_use) == (3, None, 3 / 8)
     clock.now += 1.5
     assert manager.metrics.last_token == 1.5
     step()
@@ -1004,3 +1005,38 @@ def test_metrics_count_what_was_made(model: Any) -> None:
     assert metrics.acceptance == accepted / drafted
     assert 0 < metrics.cached_tokens <= 33 * 5 + 83 * metrics.preemptions
     assert metrics.prefix_hits is not None and 0 < metrics.prefix_hits < 1
+
+
+def test_watching(model: Any) -> None:
+    from rich.console import Console
+
+    from unspool.continuous.view import Watch, lines
+
+    manager = make(model, max_requests_per_batch=2)
+    for i in range(3):
+        manager.add_request([*PROMPTS[2], i], prompt_lookup_num_tokens=2 if i else None)
+    for _ in range(3):  # the second waits for what it shares with the first
+        manager.step()
+    shown = dict(lines(manager.metrics, [0.0, 5.0, 10.0]))
+    assert shown["requests"] == "2 running, 1 waiting"
+    assert shown["tokens/s"].endswith(" ▄█")
+    assert shown["per token"] == "-" and "on average" in shown["first token"]
+    finish(manager)
+    shown = dict(lines(manager.metrics, []))
+    assert shown["requests"] == "0 running, 0 waiting; 3 length"
+    numbers = manager.metrics
+    assert shown["acceptance"].endswith(f"{numbers.accepted_tokens:,} of {numbers.drafted_tokens:,} drafted tokens")
+    assert shown["prefix hits"].endswith(f", {numbers.cached_tokens} tokens")
+    assert "last token" not in shown
+    console = Console(width=60, record=True, force_terminal=True, file=io.StringIO())
+    with Watch(lambda: manager.metrics, console=console, above="over it") as watch:
+        console.export_text()
+        console.print(watch.draw())
+        text = console.export_text()
+    assert "over it" in text and "3 length" in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 60
+    with manager, manager.watch(every=60):
+        manager.add_request(PROMPTS[0])
+        assert len(list(manager)) == 1 + 3
+    with pytest.raises(ValueError, match="every"):
+        manager.watch(every=0)

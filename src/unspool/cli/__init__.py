@@ -1,4 +1,4 @@
-"""The `unspool` command: `generate`, `chat` and `info`.
+"""The `unspool` command: `generate`, `chat`, `inspect`, `bench` and `info`.
 
 Here are arguments, terminals and exit codes; what the commands do is the library's. Everything heavy is imported when a
 command needs it, so that `unspool --help` answers at once.

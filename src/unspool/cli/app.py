@@ -51,6 +51,11 @@ def _mode(metavar: str, help: str) -> Any:
     return typer.Option(metavar=metavar, help=help, show_default=False, rich_help_panel="Mode")
 
 
+def _load(metavar: str, help: str, **more: Any) -> Any:
+    """An option that says what is asked of the model."""
+    return typer.Option(metavar=metavar, help=help, rich_help_panel="Load", **more)
+
+
 def _version(asked: bool) -> None:
     if asked:
         from unspool import __version__
@@ -88,6 +93,7 @@ def generate(
         Path | None,
         typer.Option("--output", metavar="FILE", help="Where they go on, with --input.", show_default=False),
     ] = None,
+    watch: Annotated[bool, _flag("--watch", help="Show the engine's numbers live, with --input.")] = False,
     quiet: Annotated[bool, _flag("--quiet", "-q", help="No closing line on stderr.")] = False,
     **options: Any,
 ) -> Work:
@@ -104,7 +110,9 @@ def generate(
 
         if source is None or target is None or prompt is not None:
             raise UsageError("--input and --output go together, and without a PROMPT")
-        return partial(run_batch, BatchFiles(source, target), chosen, settings, chat, quiet)
+        return partial(run_batch, BatchFiles(source, target), chosen, settings, chat, quiet, watch)
+    if watch:
+        raise UsageError("--watch goes with --input and --output")
     return partial(run, Request(prompt, chosen, settings, chat, system, not no_echo, not no_stream, as_json, quiet))
 
 
@@ -155,6 +163,40 @@ def inspect(
     if num_beams is not None:
         settings.setdefault("do_sample", False)
     return partial(run, Request(prompt, chosen, settings, chat, system, assistant, html, every, top))
+
+
+@app.command()
+@with_shared_options
+def bench(
+    model: Model = "storyteller",
+    requests: Annotated[int | None, _load("N", "How many requests; 64, or all lines of --input.", min=1)] = None,
+    prompt_tokens: Annotated[str, _load("N[:N]", "Length of prompts, drawn evenly between the two.")] = "64:256",
+    output_tokens: Annotated[str, _load("N[:N]", "Length of outputs, likewise.")] = "32:128",
+    shared_prefix: Annotated[int, _load("N", "Tokens at the beginning that all prompts share.", min=0)] = 0,
+    rate: Annotated[
+        float | None, _load("X", "Requests a second, at random moments; else all at once.", min=1e-6)
+    ] = None,
+    at_once: Annotated[int | None, _load("N", "Most requests that run at a time.", min=1)] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Prompts of your own, a JSON object a line.", show_default=False),
+    ] = None,
+    assistant: Annotated[str | None, _mode("PATH_OR_ID", "Draft with this smaller model.")] = None,
+    chat: Annotated[bool, _flag("--chat", help="With --input: prompts are questions, by the chat template.")] = False,
+    watch: Annotated[bool, _flag("--watch", help="Show the engine's numbers live.")] = False,
+    as_json: Annotated[bool, _flag("--json", help="Print one JSON object instead of tables.")] = False,
+    **options: Any,
+) -> Work:
+    """Measure how fast a model answers many requests at once.
+
+    The load is random prompts, the same in every run, whose outputs have the length they are given; or a file.
+    """
+    from unspool.cli.bench import Load, run, span
+
+    chosen, settings = split(model, options)
+    prompt, output = span("--prompt-tokens", prompt_tokens), span("--output-tokens", output_tokens)
+    load = Load(requests, prompt, output, shared_prefix, rate, at_once, source, assistant)
+    return partial(run, load, chosen, settings, chat, as_json, watch)
 
 
 @app.command()

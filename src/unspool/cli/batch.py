@@ -16,9 +16,10 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unspool.cli.lines import Line, read_line, read_lines
 from unspool.cli.options import ModelOptions
-from unspool.cli.run import UsageError, describe, note
-from unspool.cli.text import continuation, encode_chat, load_model, room
+from unspool.cli.run import UsageError, check_watch, describe, note
+from unspool.cli.text import continuation, load_model
 
 if TYPE_CHECKING:
     from unspool.continuous import ContinuousBatchingManager, GenerationOutput
@@ -38,8 +39,11 @@ class BatchFiles:
     target: Path
 
 
-def run(files: BatchFiles, options: ModelOptions, settings: dict[str, Any], chat: bool, quiet: bool) -> None:
+def run(
+    files: BatchFiles, options: ModelOptions, settings: dict[str, Any], chat: bool, quiet: bool, watch: bool
+) -> None:
     """Continue every prompt that the output does not have yet."""
+    check_watch(watch)
     if not files.source.is_file():
         raise UsageError(f"--input {files.source}: there is no such file")
     if files.target.exists() and files.target.samefile(files.source):
@@ -48,18 +52,34 @@ def run(files: BatchFiles, options: ModelOptions, settings: dict[str, Any], chat
         total = sum(1 for _ in source)
     files.target.touch()
     with files.target.open("r+b") as target:
+        _lock(target, files.target)
         done = _repair(target, files.target)
         if len(done) >= total:
             note(f"all {total} lines are done")
             return
         model, tokenizer = load_model(options)
-        with _progress(total, len(done)) if sys.stderr.isatty() and not quiet else _no_progress() as advance:
-            batch = _Batch(model, tokenizer, settings, chat, target, advance)
-            batch.run(_lines(files.source, done))
+        batch = _Batch(model, tokenizer, settings, chat, target)
+        shown = watch or (sys.stderr.isatty() and not quiet)
+        with _shown(batch.manager, total, len(done), watch) if shown else _not_shown() as batch.advance:
+            batch.run(read_lines(files.source, done))
     if not quiet:
         left = f", {batch.failed} of them with an error" if batch.failed else ""
         kept = f"; {len(done)} were there already" if done else ""
         note(f"{batch.written} lines written{left}{kept}")
+
+
+def _lock(target: BufferedRandom, path: Path) -> None:
+    """Keep a second run from writing the same file, as far as the system can."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:
+        return
+    try:
+        flock(target, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"--output {path}: another run is writing it") from None
+    except OSError:
+        return  # this file system knows no locks
 
 
 def _repair(target: BufferedRandom, path: Path) -> set[int]:
@@ -79,21 +99,11 @@ def _repair(target: BufferedRandom, path: Path) -> set[int]:
     return done
 
 
-def _lines(path: Path, done: set[int]) -> Iterator[tuple[int, bytes]]:
-    """Numbers, from 1, and contents of the lines that are left."""
-    with path.open("rb") as source:
-        for number, line in enumerate(source, start=1):
-            if number not in done:
-                yield number, line
-
-
 @dataclass(slots=True)
-class _Line:
-    """A line under way: its own `id`, its prompt's tokens, and its outputs so far."""
+class _Answer:
+    """A line under way, how many outputs it asks for, and those there are."""
 
-    number: int
-    own_id: Any
-    prompt: list[int]
+    line: Line
     outputs: int
     made: list[GenerationOutput] = field(default_factory=list)
 
@@ -108,17 +118,16 @@ class _Batch:
         settings: dict[str, Any],
         chat: bool,
         target: BufferedRandom,
-        advance: Callable[[], None],
     ) -> None:
         self.written = self.failed = 0
+        self.advance: Callable[[], None] = lambda: None
         self._model = model
         self._tokenizer = tokenizer
         self._settings = settings
         self._chat = chat
         self._target = target
-        self._advance = advance
-        self._live: dict[str, _Line] = {}
-        self._manager: ContinuousBatchingManager = model.init_continuous_batching(tokenizer=tokenizer)
+        self._live: dict[str, _Answer] = {}
+        self.manager: ContinuousBatchingManager = model.init_continuous_batching(tokenizer=tokenizer)
 
     def run(self, lines: Iterator[tuple[int, bytes]]) -> None:
         """Work through all lines."""
@@ -130,52 +139,39 @@ class _Batch:
                     more = number > 0
                     if more:
                         self._begin(number, line)
-                self._manager.step()
-                while (output := self._manager.get_result(timeout=0)) is not None:
+                self.manager.step()
+                while (output := self.manager.get_result(timeout=0)) is not None:
                     self._take(output)
         finally:
-            self._manager.stop(hard_stop=True)
+            self.manager.stop(hard_stop=True)
 
     def _begin(self, number: int, text: bytes) -> None:
         """Queue a line, or write at once why it cannot be."""
-        own_id = None
+        line = read_line(number, text, self._model, self._tokenizer, self._settings, self._chat)
         try:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError('a line must be a JSON object like {"prompt": "Once upon a time"}')
-            own_id = values.pop("id", None)
-            prompt = self._encode(values)
-            settings = room(self._model, len(prompt), {**self._settings, **values})
-            name = self._manager.add_request(prompt, f"line {number}", **settings)
+            if line.error is not None:
+                raise line.error
+            name = self.manager.add_request(line.prompt, f"line {number}", **line.settings)
         except Exception as error:
             note(f"line {number}: {describe(error)}")
-            self._write(_Line(number, own_id, [], 1), {"error": describe(error), "finish_reason": "rejected"})
+            line.prompt = []
+            self._write(line, {"error": describe(error), "finish_reason": "rejected"})
             self.failed += 1
             return
         default = self._model.generation_config.num_return_sequences
-        self._live[name] = _Line(number, own_id, prompt, int(settings.get("num_return_sequences", default) or 1))
-
-    def _encode(self, values: dict[str, Any]) -> list[int]:
-        """The tokens of a line's prompt, which is taken out of its values."""
-        prompt, messages = values.pop("prompt", None), values.pop("messages", None)
-        if messages is None and not isinstance(prompt, str):
-            raise ValueError("a line needs a `prompt`, a text, or `messages`")
-        if messages is None and not self._chat:
-            return list(self._tokenizer(prompt).input_ids)
-        turns = [{"role": "user", "content": prompt}] if messages is None else messages
-        tokens: list[int] = encode_chat(self._tokenizer, turns)["input_ids"][0].tolist()
-        return tokens
+        self._live[name] = _Answer(line, int(line.settings.get("num_return_sequences", default) or 1))
 
     def _take(self, output: GenerationOutput) -> None:
         """Note an output, and write its line when it is the last."""
         name = output.request_id.partition("__child#")[0]
-        line = self._live[name]
-        line.made.append(output)
-        if len(line.made) < line.outputs:
+        answer = self._live[name]
+        answer.made.append(output)
+        if len(answer.made) < answer.outputs:
             return
         del self._live[name]
-        line.made.sort(key=lambda one: (len(one.request_id), one.request_id))
-        wrong = next((one for one in line.made if one.error is not None), None)
+        line = answer.line
+        answer.made.sort(key=lambda one: (len(one.request_id), one.request_id))
+        wrong = next((one for one in answer.made if one.error is not None), None)
         if wrong is not None:
             note(f"line {line.number}: {wrong.error}")
             self._write(line, {"error": wrong.error, "finish_reason": wrong.finish_reason})
@@ -183,33 +179,36 @@ class _Batch:
             return
         texts = [
             continuation(self._tokenizer, line.prompt, one.generated_tokens, set(), None, one.finish_reason or "")
-            for one in line.made
+            for one in answer.made
         ]
         told = [{"text": text.text, "tokens": text.tokens, "finish_reason": text.finish_reason} for text in texts]
         self._write(line, told[0] if len(told) == 1 else {"outputs": told})
 
-    def _write(self, line: _Line, told: dict[str, Any]) -> None:
+    def _write(self, line: Line, told: dict[str, Any]) -> None:
         """One whole line, out of our hands at once, so that a kill loses none and repeats none."""
         begin = {"line": line.number} | ({} if line.own_id is None else {"id": line.own_id})
         whole = {**begin, "prompt_tokens": len(line.prompt), **told}
         self._target.write(json.dumps(whole, ensure_ascii=False).encode() + b"\n")
         self._target.flush()
         self.written += 1
-        self._advance()
+        self.advance()
 
 
 @contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr with an estimate of the time left, and what moves it by a line."""
+def _shown(manager: ContinuousBatchingManager, total: int, done: int, watch: bool) -> Iterator[Callable[[], None]]:
+    """A bar on stderr with an estimate of the time left, over the manager's numbers; and what moves it by a line."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("lines", total=total, completed=done)
+    from unspool.continuous.view import Watch
+
+    console = Console(stderr=True)
+    progress = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    task = progress.add_task("lines", total=total, completed=done)
+    with Watch(lambda: manager.metrics, console=console, above=progress, clear=True) if watch else progress:
         yield lambda: progress.advance(task)
 
 
 @contextmanager
-def _no_progress() -> Iterator[Callable[[], None]]:
+def _not_shown() -> Iterator[Callable[[], None]]:
     yield lambda: None

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-__all__ = ["UsageError", "describe", "note", "run", "show_warning"]
+__all__ = ["UsageError", "check_watch", "describe", "note", "run", "show_warning"]
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -42,6 +42,16 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _report(error)
     return code
+
+
+def check_watch(asked: bool) -> None:
+    """Refuse `--watch` where nobody watches.
+
+    Raises:
+        UsageError: stderr is no terminal.
+    """
+    if asked and not sys.stderr.isatty():
+        raise UsageError("--watch draws on stderr, which is no terminal; leave it out")
 
 
 def note(text: str) -> None:

@@ -3,8 +3,8 @@
 `manager` is the public object, `mixin` the methods a model gets, `reading` turns arguments into what a request asks
 for. `engine` takes steps: `scheduler` says what to feed, `room` who gets blocks and what need not be computed, `plain`
 decides greedy and sampled rows, `beams` and `drafted` those of a request that has a group of its own. `worker` puts it
-behind a thread, `outbox` carries outputs, `requests` holds the nouns, `metrics` the numbers. How a step is computed is
-the core's business (`unspool.decode`).
+behind a thread, `outbox` carries outputs, `requests` holds the nouns, `metrics` the numbers, and `view` shows
+them in a terminal. How a step is computed is the core's business (`unspool.decode`).
 """
 
 from unspool.continuous.manager import ContinuousBatchingManager

@@ -147,7 +147,7 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """The numbers now; from any thread, then a step may be under way."""
-        tally, room = self.tally, self.room
+        tally, room, live = self.tally, self.room, list(self.live.values())
         return Metrics(
             waiting=len(self.scheduler.waiting_requests),
             running=len(self.scheduler.active_requests),
@@ -156,15 +156,15 @@ class Engine:
             tokens_fed=tally.tokens_fed,
             tokens_made=tally.tokens_made,
             tokens_per_second=tally.rate(),
-            time_to_first_token=tally.time_to_first_token,
+            time_to_first_token=tally.time_to_first_token(live),
             time_per_token=tally.time_per_token,
             cache_use=1 - room.share_available,
             cache_peak=tally.cache_peak,
             cache_kept=room.share_kept,
             cached_tokens=room.hits,
             prefix_hits=room.hits / room.asked if room.asked else None,
-            drafted_tokens=tally.drafted,
-            accepted_tokens=tally.accepted,
+            drafted_tokens=tally.drafted + sum(state.drafted for state in live),
+            accepted_tokens=tally.accepted + sum(state.accepted for state in live),
             preemptions=self.scheduler.preemptions,
             swaps=room.swaps,
             last_token=None if tally.last_token is None else perf_counter() - tally.last_token,

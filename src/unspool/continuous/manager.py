@@ -127,17 +127,21 @@ class ContinuousBatchingManager:
         """What it has done, in numbers."""
         return self._worker.metrics()
 
-    def watch(self, every: float = 0.5) -> Watch:
-        """Show `metrics` in the terminal (on stderr) while the returned context is open, anew every `every` seconds.
+    def watch(self, every: float = 0.5, *, clear: bool = False) -> Watch:
+        """Show `metrics` in the terminal (on stderr) while the returned context is open.
 
             with manager, manager.watch():
                 outputs = list(manager)
+
+        Args:
+            every: seconds between two looks.
+            clear: take it away at the end instead of leaving the last one.
 
         Raises:
             ValueError, TypeError: `every` is no number of seconds.
         """
         check_number("every", every, Check(float, 0.05, 3600))
-        return Watch(self._worker.metrics, every=every)
+        return Watch(self._worker.metrics, every=every, clear=clear)
 
     @property
     def fatal_error(self) -> BaseException | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -24,15 +25,14 @@ class Metrics:
         tokens_fed: tokens computed, those computed again included.
         tokens_made: output tokens; of beams, those that all live ones agree on, and at the end those of the outputs.
         tokens_per_second: output tokens a second over the last ten seconds.
-        time_to_first_token: mean seconds from a request's arrival to its first token, of requests that ended; `None`
-            before any.
-        time_per_token: mean seconds between a request's tokens after the first, of requests that ended.
+        time_to_first_token: mean seconds from a request's arrival to its first token; `None` before any.
+        time_per_token: mean seconds between a request's tokens after the first, of requests that ended; likewise.
         cache_use: share of the blocks that live requests hold.
         cache_peak: the largest such share after any step.
         cache_kept: share of the blocks kept of ended requests, which are given up when room is needed.
         cached_tokens: tokens that were found stored and not computed.
         prefix_hits: the same as a share of the tokens that requests had when they began (again); `None` before any.
-        drafted_tokens, accepted_tokens: tokens that were drafted, and that were taken of them, by requests that ended.
+        drafted_tokens, accepted_tokens: tokens that were drafted, and that were taken of them.
         preemptions: how often a request was put back to make room.
         swaps: how often what was stored of it was copied to the host meanwhile.
         last_token: seconds since a token was made; `None` before any.
@@ -115,10 +115,13 @@ class Tally:
             return 0.0
         return sum(made for _, made in recent[1:]) / max(now - recent[0][0], 1e-9)
 
-    @property
-    def time_to_first_token(self) -> float | None:
-        """Mean of the requests that ended."""
-        return self._first[1] / self._first[0] if self._first[0] else None
+    def time_to_first_token(self, live: Iterable[RequestState]) -> float | None:
+        """Mean of the requests that ended, and of those that live and have a first token."""
+        count, total = self._first
+        for state in live:
+            if state.first_token is not None:
+                count, total = count + 1, total + state.first_token - state.created_time
+        return total / count if count else None
 
     @property
     def time_per_token(self) -> float | None:
