@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import unspool
 from unspool.errors import CheckpointError, Unsupported
 from unspool.hub import BUILT_IN_ADAPTERS
+from unspool.kernels.lowrank import fits
 
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
@@ -329,3 +330,20 @@ def test_bf16(both: Any, adapter: Path, tmp_path: Path) -> None:
             fast = model(ids, adapter_names=["even"]).logits.float()
             bare = model(ids, adapter_names=[None]).logits.float()
         assert (fast - exact).abs().max() < 0.05 * (exact - bare).abs().max()
+
+
+@pytest.mark.skipif(
+    not fits(torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.bfloat16)),
+    reason="the kernels are not in use on this machine",
+)
+def test_bf16_rows_are_the_same_bits_alone_and_in_company(both: Any) -> None:
+    both.to(torch.bfloat16).requires_grad_(False)
+    both.pack()
+    names = ["one", None, "two", "one", "two"]
+    prompts = [PROMPT[i:] for i in range(len(names))]
+    settings: dict[str, Any] = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    together = both.generate(prompts, adapter_names=names, do_sample=False, **settings)
+    for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        alone = both.generate([prompt], adapter_names=[name], do_sample=False, **settings)
+        for several, one in zip(together.logits, alone.logits, strict=True):
+            assert torch.equal(several[row], one[0])

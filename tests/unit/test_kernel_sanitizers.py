@@ -74,8 +74,9 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_the_kernels_touch_only_what_is_theirs(sanitized: dict[str, str]) -> None:
-    chosen = [str(TESTS / "test_kernel_attention.py"), str(TESTS / "test_kernels.py")]
+    chosen = [str(TESTS / f"test_{name}.py") for name in ("kernel_attention", "kernels", "kernels_lowrank")]
     names = "definition or same_bits_alone_in_company_in_chunks_and or instructions or stored or norm or gate or turn"
+    names += " or each_row_alone_and_on_any_number_of_threads"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, "-k", names]
     done = subprocess.run(command, env=sanitized, cwd=TESTS.parents[1], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

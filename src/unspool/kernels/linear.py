@@ -74,6 +74,9 @@ class PackedWeight:
 
     Args:
         weight: the plain weight, which `fits`. Where it is on the `meta` device, `write` brings the rows.
+
+    Attributes:
+        address: where the packed numbers begin.
     """
 
     lossless = True
@@ -90,6 +93,7 @@ class PackedWeight:
             self._memory = torch.empty(size, dtype=torch.bfloat16, device="cpu")
         self._struct = _Struct(self._memory.data_ptr(), self.outputs, self.inputs)
         self._handle = ctypes.addressof(self._struct)
+        self.address: int = self._memory.data_ptr()
         self._plain: weakref.ref[Tensor] | None = None
         if not weight.is_meta:
             self.write(0, weight)

@@ -20,7 +20,7 @@ __all__ = ["describe", "function", "level", "library"]
 logger = logging.getLogger(__name__)
 
 # As `unspool_interface` in native.cpp.
-_INTERFACE = 2
+_INTERFACE = 3
 _LEVELS = ("none", "AVX-512", "AVX-512 BF16")
 
 

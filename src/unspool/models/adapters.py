@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-from unspool.kernels.linear import PackedWeight, fits
+from unspool.kernels.lowrank import LowRankPair, Pairs, RowsOfPairs, fits
 from unspool.models.layers.linear import Linear, added, multiply
 
 __all__ = ["BASE", "Adapter", "Adapters", "Delta", "Mixer", "Selection"]
@@ -23,7 +24,8 @@ __all__ = ["BASE", "Adapter", "Adapters", "Delta", "Mixer", "Selection"]
 BASE = "__base__"
 """The name that stands for no adapter; PEFT's."""
 
-# Up to so many tokens, the products of all adapters for all tokens cost less than going from adapter to adapter.
+# Without the compiled kernel: up to so many tokens, the products of all adapters for all tokens cost less than going
+# from adapter to adapter.
 _FEW_TOKENS = 64
 
 
@@ -35,50 +37,47 @@ class Delta:
         down: `[rank, inputs]`; ranks of a fused layer's parts one below the other.
         up: `[rank, outputs]`, scaled; zero where a rank is not of the part that an output belongs to.
         gain, shift: `[outputs]` of DoRA (Liu et al., 2024), `None` without.
+        packed: both matrices for the compiled kernel, where it takes them.
     """
 
     down: Tensor
     up: Tensor
     gain: Tensor | None = None
     shift: Tensor | None = None
-    _packed: tuple[PackedWeight, PackedWeight] | None = field(init=False)
+    packed: LowRankPair | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._packed = self._pack()
+        self._pack()
 
     def __reduce__(self) -> tuple[type[Delta], tuple[Tensor | None, ...]]:
-        return Delta, (self.down, self.up, self.gain, self.shift)  # packed forms are made anew
+        return Delta, (self.down, self.up, self.gain, self.shift)  # the packed form is made anew
 
-    def _pack(self) -> tuple[PackedWeight, PackedWeight] | None:
-        """Both matrices for our own kernels, which take a few tokens several times as fast as PyTorch's products."""
-        up = self.up.t()
-        return (PackedWeight(self.down), PackedWeight(up.contiguous())) if fits(self.down) and fits(up) else None
-
-    def add_product(self, x: Tensor, out: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`out + (x @ down.T) @ up`, written over `out` where no gradient needs it; `mask` `[tokens, rank]` leaves out.
-
-        What is left out is set to 0, not multiplied: one adapter's overflow must not reach another's rows.
-        """
-        if torch.is_grad_enabled():
-            inner = multiply(x, self.down)
-            return torch.addmm(out, inner if mask is None else inner.masked_fill(mask, 0), self.up)
-        inner = multiply(x, self.down) if self._packed is None else self._packed[0].product(x)
-        if mask is not None:
-            inner.masked_fill_(mask, 0)
-        return out.addmm_(inner, self.up) if self._packed is None else out.add_(self._packed[1].product(inner))
+    def _pack(self) -> None:
+        self.packed = LowRankPair(self.down, self.up) if fits(self.down, self.up) else None
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """The layer's output `out` `[tokens, outputs]` for `x` `[tokens, inputs]`, changed; `out` may be written."""
-        if self.gain is not None and self.shift is not None:
-            out = torch.addcmul(self.shift, out, self.gain)
-        return self.add_product(x, out)
+        """`out + (x @ down.T) @ up` by PyTorch, for `x` `[tokens, inputs]`; `out` is written unless gradients flow."""
+        return _add_product(x, out, self.down, self.up)
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` (a cast, a move) to every tensor."""
         self.down, self.up = fn(self.down), fn(self.up)
         if self.gain is not None and self.shift is not None:
             self.gain, self.shift = fn(self.gain), fn(self.shift)
-        self._packed = self._pack()
+        self._pack()
+
+
+def _add_product(x: Tensor, out: Tensor, down: Tensor, up: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`out + (x @ down.T) @ up`; `mask` `[tokens, rank]` leaves out.
+
+    What is left out is set to 0, not multiplied: one adapter's overflow must not reach another's rows.
+    """
+    inner = multiply(x, down)
+    if torch.is_grad_enabled():
+        return torch.addmm(out, inner if mask is None else inner.masked_fill(mask, 0), up)
+    if mask is not None:
+        inner.masked_fill_(mask, 0)
+    return out.addmm_(inner, up)
 
 
 @dataclass(slots=True, eq=False)
@@ -166,28 +165,17 @@ class Selection:
     """Which adapter each token of a step goes through.
 
     Args:
-        tokens: how many there are.
-        whole: the adapter of all of them, or
-        parts: adapters and the places `[n]` of their tokens, or
-        stack: several adapters side by side, and
-        numbers: `[tokens]` which of the stack each token has; as many as it holds for none.
+        stack: the adapters of the step, and perhaps more.
+        numbers: for each token the number of its adapter in the stack; as many as it holds for none.
+        device: where the tokens are.
     """
 
-    def __init__(
-        self,
-        tokens: int,
-        *,
-        whole: Adapter | None = None,
-        parts: Sequence[tuple[Adapter, Tensor]] = (),
-        stack: Stack | None = None,
-        numbers: Tensor | None = None,
-    ) -> None:
-        self._tokens = tokens
-        self._whole = whole
-        self._parts = parts
+    def __init__(self, stack: Stack, numbers: list[int], device: torch.device) -> None:
         self._stack = stack
+        self._tokens = len(numbers)
         self._numbers = numbers
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._device = device
+        self._only = numbers[0] if numbers.count(numbers[0]) == len(numbers) else None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -200,79 +188,110 @@ class Selection:
 
     def add(self, layer: Linear, x: Tensor, out: Tensor) -> Tensor:
         """The output of `layer` for `x`, each token's changed by its adapter; see `models.layers.linear.Added`."""
-        if self._whole is not None:
-            delta = self._whole.deltas.get(layer)
-            return out if delta is None else delta.add(self._checked(x), out)
-        if self._stack is not None:
-            return self._add_stacked(self._stack, layer, x, out)
-        for adapter, places in self._parts:
-            delta = adapter.deltas.get(layer)
-            if delta is not None:
-                some = delta.add(self._checked(x).index_select(0, places), out.index_select(0, places))
-                out = out.index_copy(0, places, some) if torch.is_grad_enabled() else out.index_copy_(0, places, some)
+        change = self._stack.change(layer)
+        if change is None:
+            return out
+        assert x.shape[0] == self._tokens, "a layer with an adapter sees all tokens of a step"
+        if change.gain is not None and change.shift is not None:
+            # a row for all tokens, or one for each
+            each = self._places if self._only is None else slice(self._only, self._only + 1)
+            out = torch.addcmul(change.shift[each], out, change.gain[each])
+        if change.pairs is not None and not torch.is_grad_enabled():
+            return change.pairs.add(x, out, self._rows)
+        if self._only is None and self._tokens <= _FEW_TOKENS:
+            down, up = change.together
+            return _add_product(x, out, down, up, self._masks(change.ranks))
+        for number, places in self._parts:
+            delta = change.deltas[number]
+            if delta is None:
+                continue
+            if self._only is not None:
+                return delta.add(x, out)
+            some = delta.add(x.index_select(0, places), out.index_select(0, places))
+            out = out.index_copy(0, places, some) if torch.is_grad_enabled() else out.index_copy_(0, places, some)
         return out
 
-    def _add_stacked(self, stack: Stack, layer: Linear, x: Tensor, out: Tensor) -> Tensor:
-        found = stack.delta(layer)
-        if found is None:
-            return out
-        delta, ranks = found
-        assert self._numbers is not None
-        if delta.gain is not None and delta.shift is not None:
-            out = torch.addcmul(delta.shift[self._numbers], out, delta.gain[self._numbers])
-        return delta.add_product(self._checked(x), out, self._mask(ranks))
+    @cached_property
+    def _rows(self) -> RowsOfPairs:
+        return RowsOfPairs(self._numbers, len(self._stack.adapters))
 
-    def _mask(self, ranks: tuple[int, ...]) -> Tensor:
-        """`[tokens, sum(ranks)]` true where a rank is not of the token's adapter."""
-        mask = self._masks.get(ranks)
-        if mask is None:
-            assert self._numbers is not None
-            owners = torch.repeat_interleave(torch.tensor(ranks)).to(self._numbers.device)
-            mask = self._masks[ranks] = self._numbers[:, None] != owners
+    @cached_property
+    def _places(self) -> Tensor:
+        """`[tokens]`, the numbers."""
+        return torch.tensor(self._numbers, device=self._device)
+
+    @cached_property
+    def _parts(self) -> list[tuple[int, Tensor]]:
+        """The numbers of the adapters that are used, and the places of their tokens."""
+        used = sorted(set(self._numbers) - {len(self._stack.adapters)})
+        return [(number, (self._places == number).nonzero()[:, 0]) for number in used]
+
+    @cached_property
+    def _masks(self) -> Callable[[tuple[int, ...]], Tensor]:
+        """Gives `[tokens, sum(ranks)]`, true where a rank is not of the token's adapter."""
+
+        @cache
+        def mask(ranks: tuple[int, ...]) -> Tensor:
+            owners = torch.repeat_interleave(torch.tensor(ranks)).to(self._device)
+            return self._places[:, None] != owners
+
         return mask
 
-    def _checked(self, x: Tensor) -> Tensor:
-        assert x.shape[0] == self._tokens, "a layer with an adapter sees all tokens of a step"
-        return x
+
+class Change:
+    """What several adapters change of a layer.
+
+    Args:
+        deltas: by the adapter's number, `None` for one that leaves the layer as it is; not all.
+
+    Attributes:
+        ranks: of each.
+        gain, shift: `[adapters + 1, outputs]`, the last row for none of them; `None` where none has them.
+        pairs: for the compiled kernel, where it takes all of them.
+    """
+
+    def __init__(self, deltas: list[Delta | None]) -> None:
+        self.deltas = deltas
+        self.ranks = tuple(0 if delta is None else delta.down.shape[0] for delta in deltas)
+        self._there = [delta for delta in deltas if delta is not None]
+        packed = [None if delta is None else delta.packed for delta in deltas]
+        self.pairs = Pairs(packed) if all(delta.packed is not None for delta in self._there) else None
+        self.gain: Tensor | None = None
+        self.shift: Tensor | None = None
+        if any(delta.gain is not None for delta in self._there):
+            up = self._there[0].up
+            one = torch.ones(up.shape[1], dtype=up.dtype, device=up.device)
+            zero = torch.zeros_like(one)
+            pairs = [(one, zero) if d is None or d.gain is None else (d.gain, d.shift) for d in (*deltas, None)]
+            self.gain = torch.stack([gain for gain, _ in pairs])
+            self.shift = torch.stack([zero if shift is None else shift for _, shift in pairs])
+
+    @cached_property
+    def together(self) -> tuple[Tensor, Tensor]:
+        """`down` and `up` of all, one below the other, so that one product serves the tokens of all."""
+        if len(self._there) == 1:
+            return self._there[0].down, self._there[0].up
+        return torch.cat([delta.down for delta in self._there]), torch.cat([delta.up for delta in self._there])
 
 
 class Stack:
-    """Several adapters side by side, so that one product serves the tokens of all."""
+    """Several adapters, numbered, and what they change of each layer."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = tuple(adapters)
         self.numbers = {adapter: number for number, adapter in enumerate(adapters)}
-        self._deltas: dict[Linear, tuple[Delta, tuple[int, ...]] | None] = {}
+        self._changes: dict[Linear, Change | None] = {}
 
-    def delta(self, layer: Linear) -> tuple[Delta, tuple[int, ...]] | None:
-        """The adapters' change of `layer` and the rank of each; gain and shift have a row for each, and one for none.
-
-        `None` where none changes it.
-        """
-        if layer not in self._deltas:
-            self._deltas[layer] = self._join([adapter.deltas.get(layer) for adapter in self.adapters])
-        return self._deltas[layer]
-
-    def _join(self, deltas: list[Delta | None]) -> tuple[Delta, tuple[int, ...]] | None:
-        there = [delta for delta in deltas if delta is not None]
-        if not there:
-            return None
-        ranks = tuple(0 if delta is None else delta.down.shape[0] for delta in deltas)
-        down, up = there[0].down, there[0].up
-        if len(there) > 1:
-            down, up = torch.cat([delta.down for delta in there]), torch.cat([delta.up for delta in there])
-        if all(delta.gain is None for delta in there):
-            return Delta(down, up), ranks
-        one = torch.ones(up.shape[1], dtype=up.dtype, device=up.device)
-        zero = torch.zeros_like(one)
-        pairs = [(one, zero) if d is None or d.gain is None else (d.gain, d.shift) for d in (*deltas, None)]
-        gain = torch.stack([gain for gain, _ in pairs])
-        shift = torch.stack([zero if shift is None else shift for _, shift in pairs])
-        return Delta(down, up, gain, shift), ranks
+    def change(self, layer: Linear) -> Change | None:
+        """What the adapters change of `layer`; `None` where none does."""
+        if layer not in self._changes:
+            deltas = [adapter.deltas.get(layer) for adapter in self.adapters]
+            self._changes[layer] = Change(deltas) if any(delta is not None for delta in deltas) else None
+        return self._changes[layer]
 
 
 class Mixer:
-    """Makes the selection of each step, and keeps adapters that are used together side by side between steps."""
+    """Makes the selection of each step, and keeps what adapters that are used together change between steps."""
 
     def __init__(self) -> None:
         self._stack: Stack | None = None
@@ -282,30 +301,21 @@ class Mixer:
     ) -> Selection | None:
         """The selection for rows with `adapters` that feed so many tokens each; `None` where no row has one."""
         used = [adapter for adapter in dict.fromkeys(adapters) if adapter is not None]
-        if not used:
+        if not used or not sum(feeds):
             return None
-        tokens = sum(feeds)
-        if len(used) == 1 and None not in adapters:
-            return Selection(tokens, whole=used[0])
-        if tokens <= _FEW_TOKENS:
-            stack = self._stacked(used)
-            none = len(stack.adapters)
-            each = [none if adapter is None else stack.numbers[adapter] for adapter in adapters]
-            numbers = [number for number, feed in zip(each, feeds, strict=True) for _ in range(feed)]
-            return Selection(tokens, stack=stack, numbers=torch.tensor(numbers, device=device))
-        places: dict[Adapter, list[int]] = {adapter: [] for adapter in used}
-        first = 0
-        for adapter, feed in zip(adapters, feeds, strict=True):
-            if adapter is not None:
-                places[adapter] += range(first, first + feed)
-            first += feed
-        parts = [(adapter, torch.tensor(at, device=device)) for adapter, at in places.items()]
-        return Selection(tokens, parts=parts)
+        stack = self._stacked(used, alone=len(used) == 1 and None not in adapters)
+        none = len(stack.adapters)
+        each = [none if adapter is None else stack.numbers[adapter] for adapter in adapters]
+        numbers = [number for number, feed in zip(each, feeds, strict=True) for _ in range(feed)]
+        return Selection(stack, numbers, device)
 
-    def _stacked(self, used: list[Adapter]) -> Stack:
-        """A stack that has all of `used`; the last one, unless most of it would be computed in vain."""
+    def _stacked(self, used: list[Adapter], alone: bool) -> Stack:
+        """A stack that has all of `used`; the last one, unless most of it would be computed in vain.
+
+        Of one adapter alone, for all tokens, nothing else is computed.
+        """
         stack = self._stack
         fits = stack is not None and all(adapter in stack.numbers for adapter in used)
-        if stack is None or not fits or len(stack.adapters) > 2 * len(used):
+        if stack is None or not fits or (len(stack.adapters) > 2 * len(used) and not alone):
             stack = self._stack = Stack(used)
         return stack
