@@ -99,3 +99,36 @@ def _byte_level_tokenizer() -> Any:
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the steps that our loop runs, in either tier, so that no test passes because transformers did the work."""
+    from unspool.bridge import probe
+    from unspool.bridge.rows import RowsRunner
+    from unspool.decode.runner import PagedRunner
+
+    counted: list[int] = []
+    judging: list[None] = []
+
+    def counting(kind: Any) -> None:
+        original = kind.run
+
+        def run(self: Any, *args: Any) -> Any:
+            counted.extend([] if judging else [1])
+            return original(self, *args)
+
+        monkeypatch.setattr(kind, "run", run)
+
+    def compare(*args: Any) -> Any:
+        judging.append(None)
+        try:
+            return original(*args)
+        finally:
+            judging.pop()
+
+    original = probe._compare
+    monkeypatch.setattr(probe, "_compare", compare)
+    counting(RowsRunner)
+    counting(PagedRunner)
+    return counted

@@ -11,7 +11,6 @@ import torch
 from architectures import ARCHITECTURES, Architecture
 
 import unspool
-from unspool.bridge.rows import RowsRunner
 from unspool.interop.patch import is_plain
 
 DOCS = Path(__file__).parents[2] / "docs" / "bridge.md"
@@ -30,20 +29,6 @@ WHOLE, INSIDE = "the whole call", "inside its own `generate()`"
 )
 def made(request: pytest.FixtureRequest) -> tuple[Architecture, Any]:
     return request.param, request.param.make()
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the steps that our loop runs, so that no test passes because transformers did the work."""
-    counted: list[int] = []
-    original = RowsRunner.run
-
-    def run(self: RowsRunner, *args: Any) -> Any:
-        counted.append(1)
-        return original(self, *args)
-
-    monkeypatch.setattr(RowsRunner, "run", run)
-    return counted
 
 
 @pytest.mark.parametrize("mode", MODES)

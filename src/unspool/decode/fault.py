@@ -6,12 +6,13 @@ import torch
 
 from unspool.attention.registry import paged_attention
 from unspool.cache import PagedStore
+from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Sequence
 from unspool.models.adapters import Mixer
-from unspool.models.base import Batch, Model
+from unspool.models.base import Batch
 
 
-def find_fault(model: Model, row: Sequence) -> str:
+def find_fault(model: Decoder, row: Sequence) -> str:
     """Say which layer first gave a row values that are not finite; for an error message, after the fact."""
     tokens = torch.tensor(row.tokens, device=model.device)
     store = PagedStore(
@@ -20,7 +21,7 @@ def find_fault(model: Model, row: Sequence) -> str:
     probe = Sequence(0, list(row.tokens))
     store.reserve(probe, len(row.tokens))
     trace: list[torch.Tensor] = []
-    with torch.inference_mode():
+    with torch.no_grad():
         batch = Batch(
             tokens=tokens,
             positions=torch.arange(len(row.tokens), device=model.device),
@@ -39,5 +40,7 @@ def find_fault(model: Model, row: Sequence) -> str:
         name = f"layer {first - 1}" if first < len(bad) - 1 or len(bad) == 1 else f"layer {first - 1} or the final norm"
         return f"the output of {name} is the first that is not finite (damaged weights, or too narrow a dtype?)"
     if not bool(logits.isfinite().all()):
+        if not trace:  # the layers are not ours to look into
+            return "the model's logits are not finite (damaged weights, or too narrow a dtype?)"
         return "the logits are not finite though all layers are (damaged output head)"
     return "the model's logits are finite, so a logits processor left no token to choose"

@@ -13,7 +13,7 @@ from unspool.attention.registry import reads_any_order
 from unspool.cache.paged import PagedStore
 from unspool.decode.batch import build_batch
 from unspool.decode.sequence import Sequence, Want, Work
-from unspool.models.adapters import Mixer
+from unspool.models.adapters import Adapters, Mixer
 from unspool.models.base import Batch, ModelSpec, Trace
 
 
@@ -57,7 +57,7 @@ class Runner(Protocol):
 
 
 class Steps(Protocol):
-    """The part of a native model a runner uses."""
+    """The part of a model a `PagedRunner` uses: true tokens in, logits out, keys and values through `batch.attend`."""
 
     spec: ModelSpec
 
@@ -66,8 +66,28 @@ class Steps(Protocol):
         ...
 
 
+class Decoder(Steps, Protocol):
+    """A model whose keys and values a paged store can keep, as front ends know it: a native one, or a ragged module.
+
+    Attributes:
+        adapters: low-rank adapters that rows can name.
+    """
+
+    adapters: Adapters
+
+    @property
+    def device(self) -> torch.device:
+        """Of keys, values and logits."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        ...
+
+
 class PagedRunner:
-    """Runs a native model over a paged store.
+    """Runs a model over a paged store.
 
     Args:
         model: gives logits.

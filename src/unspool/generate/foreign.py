@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from unspool.bridge.drafts import DraftRows
 from unspool.bridge.module import Foreign
+from unspool.bridge.probe import Verdict, judge
+from unspool.bridge.ragged import RaggedModel
 from unspool.bridge.rows import Record, RowsRunner
-from unspool.config import GenerationConfig
+from unspool.config import GenerationConfig, resolve
 from unspool.config.lengths import end_tokens
+from unspool.decode.runner import Runner
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
 from unspool.generate.call import Abilities, Backend, Exits
@@ -25,6 +28,7 @@ from unspool.generate.outputs import (
     GenerateEncoderDecoderOutput,
     GenerateOutput,
 )
+from unspool.generate.ragged import RaggedBackend, needs_rows
 from unspool.generate.reading import Arguments, Reading
 
 
@@ -40,9 +44,31 @@ class ForeignSource:
         self.max_positions: int | None = positions if isinstance(positions, int) else None
         self.beyond: Literal["refuse", "warn", "allow"] = "allow"
 
-    @torch.no_grad()
     def read(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
-        """See `Source`; runs the encoder where there is one."""
+        """See `Source`; runs the encoder where there is one, and probes the module where that was not done yet."""
+        reading = self.read_rows(arguments, config, copies)
+        if needs_rows(arguments, config, reading.prompts) is None:
+            shape = self.verdict().shape
+            if shape is not None:
+                reading.backend = RaggedBackend(RaggedModel(self.foreign, shape), reading.backend)
+        return reading
+
+    def verdict(self) -> Verdict:
+        """Whether the module can run ragged, and why not."""
+        return judge(self.foreign, self._own_path)
+
+    def _own_path(self, ids: Tensor, mask: Tensor, new: int) -> tuple[list[Sequence], Runner]:
+        """See `bridge.probe.OwnPath`."""
+        config = resolve({}, None, getattr(self.module, "generation_config", None)).config
+        config.use_cache, config.cache_implementation = True, None
+        config.return_dict_in_generate = config.output_attentions = config.output_hidden_states = False
+        reading = self.read_rows(Arguments(None, {"input_ids": ids, "attention_mask": mask}), config, 1)
+        rows = [Sequence(i, list(tokens)) for i, tokens in enumerate(reading.prompts.tokens)]
+        return rows, reading.backend.runner(rows, 1, new, None, forks=False)
+
+    @torch.no_grad()
+    def read_rows(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
+        """The same, for the module's own way of running."""
         foreign = self.foreign
         inputs = dict(arguments.rest)
         foreign.check(inputs)

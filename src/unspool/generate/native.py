@@ -1,37 +1,29 @@
-"""Native models as a call's backend: a paged store made for exactly its rows."""
+"""Native models as a call's source and backend."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from unspool.cache import PagedStore, PastKeyValues
-from unspool.cache.past import PastRow
+from unspool.cache import PastKeyValues
 from unspool.config import GenerationConfig
 from unspool.config.lengths import end_tokens
 from unspool.config.unknown import no_use_for
 from unspool.decode.draft.layers import FirstLayers
-from unspool.decode.fault import find_fault
-from unspool.decode.runner import PagedRunner, Runner, Steps
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
-from unspool.generate.call import Abilities, Exits
+from unspool.generate.call import Exits
 from unspool.generate.healing import heal_prompts
 from unspool.generate.inputs import read_embeds, read_prompts
-from unspool.generate.outputs import GenerateOutput
+from unspool.generate.paged import PagedBackend
 from unspool.generate.reading import Arguments, Reading
 from unspool.models.adapters import BASE
 from unspool.models.base import Model
 
-# New tokens a store has room for at first; it doubles when they are used up, so that a generous limit costs nothing.
-_FIRST_ROOM = 1024
-_BLOCK = 16
 
-
-class NativeBackend:
+class NativeBackend(PagedBackend):
     """See `generate.call.Backend`.
 
     Args:
@@ -40,56 +32,13 @@ class NativeBackend:
         quantized: keep keys and values in 8 bits.
     """
 
-    abilities = Abilities()
-
     def __init__(self, model: Model, layers: int | None = None, *, quantized: bool = False) -> None:
+        super().__init__(model, None if layers is None else FirstLayers(model, layers), quantized=quantized)
         self.model = model
-        self._quantized = quantized
-        self.device = model.device
-        self.vocab = model.spec.vocab_size
-        self.positions = model.spec.max_positions if model.spec.hard_limit else math.inf
-        self.recompute_past = model.spec.recompute_past
-        self._steps: Steps = model if layers is None else FirstLayers(model, layers)
-
-    def runner(
-        self,
-        rows: list[Sequence],
-        copies: int,
-        new: int,
-        past: PastKeyValues | None,
-        *,
-        forks: bool,
-        drafts: bool = False,
-        alike: bool = False,
-    ) -> PagedRunner:
-        """See `Backend`. Rows that fork refer to their prompt's blocks; the others each get a run of their own."""
-        room = min(new, _FIRST_ROOM)
-        store = self._shared(rows, copies, room, alike) if forks else self._separate(rows, room)
-        if past is not None and past.store.quantized == store.quantized:
-            for i, old in enumerate(past.rows):
-                served = rows[i * copies : i * copies + (1 if forks else copies)]
-                for row in served:
-                    if row.adapter is old.adapter:
-                        store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
-        return PagedRunner(self._steps, store, self.device, rows, forks=forks, alike=copies if alike else 1)
-
-    def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues:
-        """See `Backend`."""
-        assert isinstance(runner, PagedRunner)
-        stored = [PastRow(row.tokens[: row.computed], row.computed, row.blocks, row.adapter) for row in rows]
-        return PastKeyValues(runner.store, stored, width)
-
-    def dress(self, result: Tensor | GenerateOutput) -> Tensor | GenerateOutput:
-        """See `Backend`: nothing to add."""
-        return result
 
     def idle(self) -> None:
         """See `Backend`."""
         self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
-
-    def fault(self, row: Sequence) -> str:
-        """See `Backend`."""
-        return find_fault(self.model, row)
 
     def kwargs(self, rows: list[Sequence], new: int) -> dict[str, Any]:
         """See `Backend`: a native model's plain call reads whole texts, so there is no cache among them."""
@@ -107,35 +56,6 @@ class NativeBackend:
     def first_layers(self, layers: int) -> NativeBackend:
         """See `Backend`."""
         return NativeBackend(self.model, layers)
-
-    def _separate(self, rows: list[Sequence], room: int) -> PagedStore:
-        """A run of blocks for every row, longest first."""
-        tokens = max(len(row.tokens) for row in rows) + room
-        store = self._empty(-(-tokens // _BLOCK) * len(rows))
-        for row in sorted(rows, key=lambda row: -len(row.tokens)):
-            store.reserve(row, tokens)
-        return store
-
-    def _shared(self, rows: list[Sequence], copies: int, room: int, alike: bool) -> PagedStore:
-        """Blocks for each prompt once, and for each row's output, of which `alike` rows have but the last apart."""
-        blocks = 0
-        for row in rows[::copies]:
-            full, every = len(row.tokens) // _BLOCK, -(-(len(row.tokens) + room) // _BLOCK)
-            blocks += every + copies if alike else full + copies * (every - full)
-        store = self._empty(blocks)
-        for row in rows[::copies]:
-            store.reserve(row, len(row.tokens))
-        return store
-
-    def _empty(self, blocks: int) -> PagedStore:
-        return PagedStore(
-            self._steps.spec.groups,
-            blocks,
-            dtype=self.model.dtype,
-            device=self.device,
-            block_size=_BLOCK,
-            quantized=self._quantized,
-        )
 
 
 class NativeSource:
@@ -242,9 +162,3 @@ def read_past(past: Any, rows: int) -> PastKeyValues | None:
     if len(past) != rows:
         raise ValueError(f"past_key_values holds {len(past)} rows and input_ids {rows}")
     return past
-
-
-def _common(tokens: list[int], stored: list[int]) -> int:
-    """How many leading tokens agree; at least one token of the new prompt is left to compute."""
-    limit = min(len(tokens) - 1, len(stored))
-    return next((i for i in range(limit) if tokens[i] != stored[i]), limit)

@@ -24,6 +24,7 @@ from unspool.bridge.module import Foreign
 from unspool.config import GenerationConfig, GenerationMode, resolve
 from unspool.config.mode import mode_of
 from unspool.errors import Unsupported
+from unspool.generate.foreign import ForeignSource
 from unspool.generate.mixin import GenerationMixin
 from unspool.interop import inner
 from unspool.interop.notes import note
@@ -227,12 +228,20 @@ def _declined(module: Any, given: dict[str, Any], rest: dict[str, Any]) -> str |
 
 def _cannot_draft(module: Any, given: dict[str, Any], rest: dict[str, Any], config: GenerationConfig) -> str | None:
     """Why drafts are left to transformers; `None` when they are not."""
-    foreign = Foreign(module)
     assistant = given.get("assistant_model")
     if config.assistant_early_exit is not None or config.use_mtp:
         return "assistant_early_exit and use_mtp draft with the model's own parts"
+    foreign = Foreign(module)
     if assistant is not None and (foreign.encoder_decoder or Foreign(assistant).encoder_decoder):
         return "the assistant of an encoder-decoder shares its encoder"
     ids = given.get("inputs", rest.get("input_ids"))
     rows = ids.shape[0] * int(config.num_return_sequences or 1) if isinstance(ids, Tensor) else 1
-    return foreign.cannot_draft(rows) or (None if assistant is None else Foreign(assistant).cannot_draft(rows))
+    both = (module,) if assistant is None else (module, assistant)
+    return next((reason for one in both if (reason := _cannot_go_back(one, rows, config)) is not None), None)
+
+
+def _cannot_go_back(module: Any, rows: int, config: GenerationConfig) -> str | None:
+    """Why rows of a module cannot lose tokens again; `None` when they can."""
+    reason = Foreign(module).cannot_draft(rows)
+    ragged = reason is not None and not config.return_dict_in_generate and ForeignSource(module).verdict().shape
+    return None if ragged else reason

@@ -11,6 +11,7 @@ from unspool.generate.mixin import GenerationMixin
 from unspool.generate.native import NativeSource
 from unspool.generate.reading import Source
 from unspool.interop import patch
+from unspool.interop.report import Report, report_on
 from unspool.models.base import Model
 
 __all__ = ["Wrapped", "wrap"]
@@ -93,6 +94,14 @@ class Wrapped(GenerationMixin):
             return super().generate(*args, **kwargs)
         with patch.inside():
             return module.generate(*args, **kwargs)
+
+    def unspool_report(self) -> Report:
+        """In which tier the module runs, and why not in a faster one; a call may still need a slower one.
+
+        A module of PEFT is told as the one inside, which does the work.
+        """
+        inner = getattr(self._module, "get_base_model", None)
+        return report_on(self._module if inner is None else inner())
 
     def _source(self) -> Source:
         module = self._module

@@ -1,0 +1,236 @@
+"""Whether a foreign module can run ragged: found out by comparing a few tokens with the module's own path, once.
+
+Nothing is told by names. What a module declares about itself can only spare the comparison where it would not see the
+difference (a hook that looks at inputs, angles that depend on the longest row).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from unspool.bridge.capture import Unfit
+from unspool.bridge.module import Foreign
+from unspool.bridge.ragged import RaggedModel, Shape, look
+from unspool.cache.arrange import layer_kinds
+from unspool.cache.paged import BLOCK_SIZE, PagedStore
+from unspool.decode.loop import Loop
+from unspool.decode.plan import StaticScheduler
+from unspool.decode.runner import PagedRunner, Runner
+from unspool.decode.sequence import Choice, Group, Sequence
+from unspool.errors import Unsupported
+
+__all__ = ["OwnPath", "Verdict", "judge"]
+
+OwnPath: TypeAlias = Callable[[Tensor, Tensor, int], tuple[list[Sequence], Runner]]
+"""From ids, their mask and how many tokens follow: rows, and what runs them in the module's own way."""
+
+_STEPS = 3  # tokens fed one by one after the prompts
+_LONGEST = 256  # a window up to here is looked beyond; a longer one must be what the configuration says
+
+# Relative distance of logits that rounding explains, by the dtype of keys and values.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+# Hooks that say how a module's input is made from what was chosen; ragged steps do not ask them.
+_HOOKS = (
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_prepare_model_inputs",
+    "_prepare_attention_mask_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_expand_inputs_for_generation",
+    "_reorder_cache",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found out about a module.
+
+    Attributes:
+        shape: what its attention is asked for, where it can run ragged; else `None`.
+        reason: why it cannot; `None` where it can.
+    """
+
+    shape: Shape | None
+    reason: str | None
+
+
+_State: TypeAlias = tuple[Any, ...]
+_found: WeakKeyDictionary[nn.Module, tuple[_State, Verdict]] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def judge(foreign: Foreign, own: OwnPath) -> Verdict:
+    """Whether a module can run ragged; remembered until its parts, dtype or device change.
+
+    Args:
+        foreign: the module.
+        own: its own path.
+    """
+    declared = _declared(foreign)
+    if declared is not None:
+        return Verdict(None, declared)
+    state, watched = _state(foreign)
+    if watched:
+        return Verdict(None, "it is compiled, or hooks look at what its parts are given")
+    known = _found.get(foreign.module)
+    if known is not None and known[0] == state:
+        return known[1]
+    with _lock:
+        known = _found.get(foreign.module)
+        if known is None or known[0] != state:
+            known = _found[foreign.module] = state, _probe(foreign, own)
+        return known[1]
+
+
+def _declared(foreign: Foreign) -> str | None:
+    """What a module says of itself that settles it; cheap, since it is asked in every call."""
+    module = foreign.module
+    if not foreign.from_transformers:
+        return "it is not one of transformers' modules, whose attention can be answered from outside"
+    if foreign.encoder_decoder:
+        return "it has an encoder"
+    if not foreign.accepts("position_ids"):
+        return "its forward takes no position_ids"
+    for name in _HOOKS:
+        hook = foreign.hook(name)
+        if hook is None:
+            continue
+        if getattr(hook, "__module__", "").partition(".")[0] not in ("transformers", "peft"):
+            return f"it has a {name}() of its own"
+        wrapper = getattr(hook, "__self__", module)
+        if wrapper is not module and getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            return "PEFT puts a learned prompt before its input"
+    states = _states(foreign)
+    if states:
+        return f"its {', '.join(states)} layers carry a state from token to token"
+    rope = foreign.entry("rope_parameters")
+    for one in (rope, *rope.values()) if isinstance(rope, dict) else ():
+        if isinstance(one, dict) and one.get("rope_type") in ("dynamic", "longrope"):
+            return f"its {one['rope_type']} rotary angles depend on the longest row"
+    return None
+
+
+def _state(foreign: Foreign) -> tuple[_State, bool]:
+    """What a verdict depends on (the module's parts, their dtypes and devices, its way of attending); whether hooks or
+    a compiler would take notice."""
+    parts, kinds, watched = [], set(), bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+    for part in foreign.module.modules():
+        parts.append(id(part))
+        kinds |= {(one.dtype, one.device) for one in part._parameters.values() if one is not None}
+        watched = watched or bool(part._forward_hooks or part._forward_pre_hooks) or _is_compiled(part)
+    own = (foreign.module.training, foreign.entry("_attn_implementation"))
+    return (hash(tuple(parts)), frozenset(kinds), *own), watched
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether `torch.compile` was here: what it traced would be good for one way of attending only."""
+    own = vars(part)
+    return (
+        own.get("_compiled_call_impl") is not None
+        or "_orig_mod" in part._modules
+        or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+    )
+
+
+def _probe(foreign: Foreign, own: OwnPath) -> Verdict:
+    devices = [foreign.device] if foreign.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            return _compare(foreign, own)
+    except Exception as error:
+        said = str(error) if isinstance(error, Unfit) else f"it cannot be fed flat tokens: {error!r}"
+        return Verdict(None, said)
+
+
+def _compare(foreign: Foreign, own: OwnPath) -> Verdict:
+    vocab = int(foreign.entry("vocab_size") or 0) or 64
+    shape = look(foreign, _some_ids(vocab, 3))
+    model = RaggedModel(foreign, shape)
+    reason = _wrong_windows(foreign, model)
+    if reason is not None:
+        return Verdict(None, reason)
+    windows = [layer.window for layer in model.layers if layer.window is not None and layer.window <= _LONGEST]
+    long = min(max(windows, default=0) + 7, max(8, model.spec.max_positions - _STEPS - 1))
+    short = max(2, min(windows, default=5) - 1)
+    ids = torch.tensor([_some_ids(vocab, long), _some_ids(vocab, long)[::-1]], device=foreign.device)
+    mask = torch.ones_like(ids)
+    mask[1, : max(1, long - short)] = 0
+    following = [_some_ids(vocab, _STEPS + 1), _some_ids(vocab, _STEPS + 1)[::-1]]
+    rows, runner = own(ids, mask, _STEPS + 1)
+    expected = _logits(rows, runner, following, foreign.device)
+    rows = [Sequence(i, one[keep].tolist()) for i, (one, keep) in enumerate(zip(ids, mask.bool(), strict=True))]
+    blocks = len(rows) * (-(-(long + _STEPS + 1) // BLOCK_SIZE) + 1)
+    store = PagedStore(model.spec.groups, blocks, dtype=model.dtype, device=model.device)
+    found = _logits(rows, PagedRunner(model, store, model.device, rows, forks=True), following, foreign.device)
+    distance = max(_distance(one, other) for one, other in zip(found, expected, strict=True))
+    if not distance <= _TOLERANCE.get(model.dtype, 1e-3):  # NaN is no agreement either
+        return Verdict(None, f"its logits for flat tokens are not its own (they differ by {distance:.2g})")
+    return Verdict(shape, None)
+
+
+def _some_ids(vocab: int, count: int) -> list[int]:
+    """Ids that differ, away from the ends of the vocabulary, where special ones are."""
+    low, high = min(3, vocab - 1), max(vocab * 3 // 4, min(3, vocab - 1) + 1)
+    return [low + (7 * i * i + 5 * i) % (high - low) for i in range(count)]
+
+
+def _states(foreign: Foreign) -> list[str]:
+    """Kinds of layers that remember more of a row than keys and values; a weak one might not show in the logits."""
+    try:
+        kinds = {kind for kind, _, _ in layer_kinds(foreign.text_config)}
+    except (ValueError, Unsupported):
+        return []
+    return sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention", "dummy"})
+
+
+def _wrong_windows(foreign: Foreign, model: RaggedModel) -> str | None:
+    """A window that attention is told must be the one that the module's own cache and masks have."""
+    try:
+        kinds = layer_kinds(foreign.text_config)
+    except (ValueError, Unsupported):
+        return None
+    own = {window for _, window, _ in kinds if window is not None and window > _LONGEST}
+    told = {layer.window for layer in model.layers if layer.window is not None and layer.window > _LONGEST}
+    return None if own == told else f"its windows {sorted(own)} are told to attention as {sorted(told)}"
+
+
+class _Forced:
+    """Chooser and sink that note logits and go on with given tokens."""
+
+    def __init__(self, following: list[list[int]]) -> None:
+        self.logits: list[Tensor] = []
+        self._following = following
+
+    def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
+        """See `Chooser`."""
+        tokens = [self._following[row.row][len(self.logits)] for row in rows]
+        self.logits.append(logits.float())
+        return Choice(torch.tensor(tokens, device=logits.device))
+
+    def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
+        """See `Sink`."""
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+
+
+def _logits(rows: list[Sequence], runner: Runner, following: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Logits `[rows, vocab]` after the prompts and after each of the tokens that follow."""
+    forced = _Forced(following)
+    group = Group(rows, forced, forced)
+    Loop(runner, StaticScheduler(group, runner, steps=_STEPS + 1), device=device, in_step=True).run()
+    return forced.logits
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Largest distance of a row's logits from those expected, against how far these are from their mean."""
+    spread = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    return float(((found - expected).norm(dim=-1) / spread.clamp_min(1e-12)).max())

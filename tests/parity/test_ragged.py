@@ -1,0 +1,235 @@
+"""The ragged tier: transformers' modules fed true tokens alone, over our store; which modules and calls are not."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES
+from families import make_model
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+
+import unspool
+from unspool.bridge import probe
+from unspool.bridge.rows import RowsRunner
+from unspool.decode.runner import PagedRunner
+
+PROPERTY = vars(PreTrainedConfig)["_attn_implementation"]
+
+
+def prompts(*lengths: int) -> dict[str, Tensor]:
+    """Left-padded prompts of so many tokens."""
+    ids = torch.randint(3, 97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : max(lengths) - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tier(model: Any, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> str:
+    """Which runner a call takes."""
+    unspool.wrap(model).unspool_report()  # probed already, so that no step of the probe is counted
+    used: set[str] = set()
+    with monkeypatch.context() as patch:
+        for kind in (RowsRunner, PagedRunner):
+
+            def run(self: Any, *args: Any, original: Any = kind.run) -> Any:
+                used.add(type(self).__name__)
+                return original(self, *args)
+
+            patch.setattr(kind, "run", run)
+        unspool.wrap(model).generate(**arguments, max_new_tokens=3)
+    return {"PagedRunner": "ragged", "RowsRunner": "rows", "DraftRows": "rows"}[used.pop()]
+
+
+def architecture(name: str) -> Any:
+    return next(one for one in ARCHITECTURES if one.model_type == name).make()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama", None),
+        ("gemma3_text", None),
+        ("deepseek_v2", None),
+        ("bloom", "position_ids"),
+        ("gptj", "registry"),
+        ("gpt_oss", "s_aux"),
+        ("lfm2", "conv layers carry a state"),
+        ("bart", "encoder"),
+    ],
+)
+def test_the_report_says_why(name: str, reason: str | None) -> None:
+    report = unspool.wrap(architecture(name)).unspool_report()
+    assert report.tier == ("rows" if reason else "ragged")
+    assert (reason or "") in str(report)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+def test_long_texts_of_different_lengths(name: str) -> None:
+    """Past windows and past the first blocks; and a row's text is the same alone and in company."""
+    model = architecture(name)
+    assert unspool.wrap(model).unspool_report().tier == "ragged"
+    inputs = prompts(3, 19, 40)
+    expected = model.generate(**inputs, max_new_tokens=30)
+    assert torch.equal(unspool.wrap(model).generate(**inputs, max_new_tokens=30), expected)
+    alone = unspool.wrap(model).generate(inputs["input_ids"][1:2, 21:], max_new_tokens=30)
+    assert torch.equal(alone[0, 19:], expected[1, 40:])
+
+
+def test_prompts_in_chunks_and_rows_that_end() -> None:
+    model = make_model("llama")
+    inputs = prompts(5, 9, 14)
+    ends = model.generate(**inputs, max_new_tokens=4)[0, -1:].tolist()
+    arguments = {**inputs, "max_new_tokens": 20, "eos_token_id": ends, "pad_token_id": 0}
+    expected = model.generate(**arguments)
+    assert torch.equal(unspool.wrap(model).generate(**arguments, prefill_chunk_size=4), expected)
+
+
+def test_only_rows_that_choose_reach_the_head() -> None:
+    model = make_model("llama")
+    unspool.wrap(model).unspool_report()
+    widths: list[int] = []
+
+    class Head(type(model.lm_head)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            widths.append(x.shape[1])
+            return super().forward(x)
+
+    model.lm_head.__class__ = Head
+    unspool.wrap(model).generate(**prompts(4, 9), max_new_tokens=3)
+    assert widths == [2, 2, 2]
+
+
+def test_calls_that_need_the_modules_own_cache_take_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    inputs = prompts(4, 6)
+    assert tier(model, monkeypatch, **inputs) == "ragged"
+    assert tier(model, monkeypatch, **inputs, num_beams=2) == "ragged"
+    assert tier(model, monkeypatch, **inputs, prompt_lookup_num_tokens=2) == "ragged"
+    for needs in (
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True},
+        {"past_key_values": transformers.DynamicCache(config=model.config)},
+        {"attention_mask": inputs["attention_mask"].flip(1)},
+    ):
+        assert tier(model, monkeypatch, **{**inputs, **needs}) == "rows"
+
+
+def test_hooks_and_a_preparation_of_the_users_own_take_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    seen: list[Any] = []
+    hook = model.model.layers[0].register_forward_hook(lambda *args: seen.append(args[2].shape))
+    assert tier(model, monkeypatch, **prompts(4, 6)) == "rows"
+    assert seen[0] == (2, 6, model.config.hidden_size)
+    hook.remove()
+    assert tier(model, monkeypatch, **prompts(4, 6)) == "ragged"
+
+    class Own(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    own = Own(model.config).eval()
+    assert "prepare_inputs_for_generation" in str(unspool.wrap(own).unspool_report())
+    compiled = make_model("llama")
+    compiled.compile(backend="eager")
+    assert "compiled" in str(unspool.wrap(compiled).unspool_report())
+
+
+def test_the_verdict_is_kept_until_the_module_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    probes: list[Any] = []
+    original = probe._compare
+    monkeypatch.setattr(probe, "_compare", lambda *args: probes.append(args) or original(*args))
+    model = make_model("llama")
+    for _ in range(2):
+        unspool.wrap(model).generate(**prompts(4), max_new_tokens=2)
+    assert len(probes) == 1
+    model.double()
+    unspool.wrap(model).generate(**prompts(4), max_new_tokens=2)
+    assert len(probes) == 2
+    model.float()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    unspool.wrap(adapted).generate(**prompts(4), max_new_tokens=2)
+    unspool.wrap(adapted).generate(**prompts(4), max_new_tokens=2)
+    assert len(probes) == 3
+    gone = weakref.ref(model)
+    del model, adapted, probes[:]
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_module_whose_tokens_mix_is_found_out() -> None:
+    """What a flat row does to its neighbours shows in the probe, whatever the module is called."""
+
+    class Mixing(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, position_ids: Any = None, **rest: Any) -> Any:
+            output = super().forward(input_ids=input_ids, position_ids=position_ids, **rest)
+            output.logits = output.logits + output.logits.mean(dim=1, keepdim=True)
+            return output
+
+    Mixing.__module__ = "transformers.somewhere"
+    report = unspool.wrap(Mixing(make_model("llama").config).eval()).unspool_report()
+    assert report.tier == "rows"
+    assert "not its own" in str(report)
+
+
+def test_others_use_the_module_meanwhile_and_nothing_stays() -> None:
+    model = make_model("llama")
+    before = {name: id(value) for name, value in vars(model).items()}
+    settings = dict(vars(model.config))
+    inputs = prompts(7, 7)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    text = model.generate(**inputs, max_new_tokens=40)
+    faults: list[str] = []
+    over = threading.Event()
+
+    def plain() -> None:
+        while not over.is_set():
+            with torch.no_grad():
+                same = torch.equal(model(**inputs).logits, expected)
+            if not same or model.config._attn_implementation != "sdpa":
+                faults.append("disturbed")
+
+    thread = threading.Thread(target=plain)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert torch.equal(unspool.wrap(model).generate(**inputs, max_new_tokens=40), text)
+    finally:
+        over.set()
+        thread.join()
+    assert faults == []
+    assert vars(PreTrainedConfig)["_attn_implementation"] is PROPERTY
+    assert {name: id(value) for name, value in vars(model).items()} == before
+    assert dict(vars(model.config)) == settings
+
+
+def test_an_error_in_a_step_leaves_nothing_either() -> None:
+    model = make_model("llama")
+    with pytest.raises(IndexError):
+        unspool.wrap(model).generate(torch.tensor([[5, 10**6]]), max_new_tokens=2)
+    assert vars(PreTrainedConfig)["_attn_implementation"] is PROPERTY
+    model.set_attn_implementation("unspool")
+    with pytest.raises(unspool.Unsupported, match="unspool's own calls"):
+        model(**prompts(3))
+
+
+@pytest.mark.parametrize("own", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_and_ways_of_attending(dtype: torch.dtype, own: str) -> None:
+    model = make_model("llama").to(dtype)
+    model.set_attn_implementation(own)
+    wrapped = unspool.wrap(model)
+    assert wrapped.unspool_report().tier == "ragged"
+    assert wrapped.generate(**prompts(3, 8), max_new_tokens=6).shape == (2, 14)
+    assert model.config._attn_implementation == own
