@@ -94,6 +94,8 @@ def judge(foreign: Foreign, own: OwnPath) -> Verdict:
 def _declared(foreign: Foreign) -> str | None:
     """What a module says of itself that settles it; cheap, since it is asked in every call."""
     module = foreign.module
+    if _learned_prompt(module):
+        return "PEFT puts a learned prompt before its input"
     if not foreign.from_transformers:
         return "it is not one of transformers' modules, whose attention can be answered from outside"
     if foreign.encoder_decoder:
@@ -107,7 +109,7 @@ def _declared(foreign: Foreign) -> str | None:
         if getattr(hook, "__module__", "").partition(".")[0] not in ("transformers", "peft"):
             return f"it has a {name}() of its own"
         wrapper = getattr(hook, "__self__", module)
-        if wrapper is not module and getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+        if wrapper is not module and _learned_prompt(wrapper):
             return "PEFT puts a learned prompt before its input"
     states = _states(foreign)
     if states:
@@ -181,6 +183,10 @@ def _some_ids(vocab: int, count: int) -> list[int]:
     """Ids that differ, away from the ends of the vocabulary, where special ones are."""
     low, high = min(3, vocab - 1), max(vocab * 3 // 4, min(3, vocab - 1) + 1)
     return [low + (7 * i * i + 5 * i) % (high - low) for i in range(count)]
+
+
+def _learned_prompt(module: Any) -> bool:
+    return bool(getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _states(foreign: Foreign) -> list[str]:

@@ -10,9 +10,9 @@ import torch
 from unspool.continuous.requests import RequestState, Wishes
 from unspool.decode.choose.beam_rules import beam_chooser, beam_filler
 from unspool.decode.choose.sample import SeededNoise
+from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.errors import NonFiniteLogits
-from unspool.models.base import Model
 
 __all__ = ["BeamRows"]
 
@@ -27,7 +27,9 @@ class BeamRows:
         find_fault: names the first layer whose output is not finite for a row, for the error message.
     """
 
-    def __init__(self, model: Model, prompt: list[int], wishes: Wishes, find_fault: Callable[[Sequence], str]) -> None:
+    def __init__(
+        self, model: Decoder, prompt: list[int], wishes: Wishes, find_fault: Callable[[Sequence], str]
+    ) -> None:
         config, device = wishes.config, model.device
         beams = int(config.num_beams or 1)
         tokens = [list(prompt) for _ in range(beams)]

@@ -18,9 +18,9 @@ from unspool.decode.draft.layers import FirstLayers
 from unspool.decode.draft.lookup import Lookup
 from unspool.decode.draft.model import ModelDrafter
 from unspool.decode.draft.rules import draft_rules
-from unspool.decode.runner import PagedRunner, Steps
+from unspool.decode.runner import Decoder, PagedRunner, Steps
 from unspool.decode.sequence import Choice, Drafter, Group, Sequence
-from unspool.errors import NonFiniteLogits
+from unspool.errors import NonFiniteLogits, Unsupported
 from unspool.models.base import Model
 
 __all__ = ["DraftedRow"]
@@ -41,7 +41,7 @@ class DraftedRow:
 
     def __init__(
         self,
-        model: Model,
+        model: Decoder,
         assistant: Model | None,
         prompt: list[int],
         wishes: Wishes,
@@ -115,11 +115,15 @@ class DraftedRow:
     def _room(self, row: Sequence) -> int:
         return self._most - len(row.tokens)
 
-    def _drafter(self, model: Model, assistant: Model | None, prompt: list[int], noise: SeededNoise | None) -> Drafter:
+    def _drafter(
+        self, model: Decoder, assistant: Model | None, prompt: list[int], noise: SeededNoise | None
+    ) -> Drafter:
         """In the precedence of `generate()`: the first layers, the text so far, the assistant."""
         config, eos = self._wishes.config, self._wishes.limits.eos
         steps: Steps
         if config.assistant_early_exit is not None:
+            if not isinstance(model, Model):
+                raise Unsupported("assistant_early_exit needs a native model; leave it out")
             assistant = model
             steps = FirstLayers(model, int(config.assistant_early_exit))
         elif config.prompt_lookup_num_tokens is not None:

@@ -31,9 +31,8 @@ from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
 from unspool.continuous.view import Watch
 from unspool.continuous.worker import Worker
 from unspool.decode.fault import find_fault
-from unspool.decode.runner import PagedRunner
+from unspool.decode.runner import Decoder, PagedRunner
 from unspool.decode.sequence import Sequence
-from unspool.models.base import Model
 
 __all__ = ["ContinuousBatchingManager", "RequestStream"]
 
@@ -55,7 +54,8 @@ class ContinuousBatchingManager:
     Without `start()` (or `with`), nothing runs by itself; call `step()` as often as you like.
 
     Args:
-        model: a native model; see `unspool.load`. It is left as it is.
+        model: a native model (see `unspool.load`), or a wrapped module that runs ragged (see `unspool.wrap`). It is
+            left as it is.
         generation_config: settings of requests that bring none of their own; what it leaves open is the model's.
         continuous_batching_config: sizes, limits and the scheduler.
         tokenizer: for stop strings of requests.
@@ -65,6 +65,7 @@ class ContinuousBatchingManager:
 
     Raises:
         ValueError, TypeError: a setting is wrong.
+        Unsupported: the module's keys and values are its own business.
         OutOfMemory: no room for keys and values.
 
     Source: `ContinuousBatchingManager` of transformers v5.2.
@@ -72,7 +73,7 @@ class ContinuousBatchingManager:
 
     def __init__(
         self,
-        model: Model,
+        model: Any,
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         *,
@@ -80,18 +81,22 @@ class ContinuousBatchingManager:
         manual_eviction: bool = False,
         wanted: int | None = None,
     ) -> None:
+        if not hasattr(model, "_served"):
+            raise TypeError(f"a manager serves models of unspool.load and unspool.wrap, not a {type(model).__name__}")
         config = continuous_batching_config or ContinuousBatchingConfig()
+        served: Decoder = model._served()
         self.model = model
-        self.generation_config = merged_config(generation_config, model.generation_config)  # type: ignore[arg-type]
+        self.generation_config = merged_config(generation_config, model.generation_config)
         self.continuous_batching_config = config
         self.manual_eviction = manual_eviction
         self._tokenizer = tokenizer
-        self._reader = Reader(model, self.generation_config, seed=config.seed, return_logprobs=config.return_logprobs)
+        self._decoder = served
+        self._reader = Reader(served, self.generation_config, seed=config.seed, return_logprobs=config.return_logprobs)
         self._outbox = Outbox()
         self._numbers = count()
         self._ids = count()
         self._lock = threading.Lock()
-        self._engine = _make_engine(model, config, self._outbox, wanted)
+        self._engine = _make_engine(served, config, self._outbox, wanted)
         self._engine.remembers = manual_eviction
         self._worker = Worker(
             self._engine,
@@ -390,7 +395,7 @@ class ContinuousBatchingManager:
     def _states(self, name: str, number: int, prompt: list[int], every: list[Wishes]) -> list[RequestState]:
         """A request's outputs: rows of their own, or one set of beams that several outputs come of."""
         first = every[0]
-        model, fault = self.model, partial(find_fault, self.model)
+        model, fault = self._decoder, partial(find_fault, self._decoder)
         if first.mode in BEAMS:
             beams = BeamRows(model, prompt, first, fault)
             outputs = int(first.config.num_return_sequences or 1)
@@ -507,7 +512,7 @@ def _child(name: str, number: int) -> str:
     return f"{name}__child#{number - 1}" if number else name
 
 
-def _make_engine(model: Model, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
+def _make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
     places = config.max_requests_per_batch or _PLACES
     kind = scheduler_class(config.scheduler_type)
     budget = tokens_per_step(config, model.device)

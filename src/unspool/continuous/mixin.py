@@ -11,13 +11,14 @@ from unspool.config import ContinuousBatchingConfig, GenerationConfig, resolve
 from unspool.continuous.manager import ContinuousBatchingManager
 from unspool.continuous.reading import merged_config
 from unspool.continuous.requests import GenerationOutput
+from unspool.decode.runner import Decoder
 from unspool.models.base import Model
 
 __all__ = ["ContinuousMixin"]
 
 
 class ContinuousMixin:
-    """Gives a native model its methods for continuous batching; see `unspool.load`.
+    """Gives a native model, or a wrapped module, its methods for continuous batching; see `unspool.load`.
 
     Source: `ContinuousMixin` of transformers v5.2; arguments of later versions are taken too.
     """
@@ -108,7 +109,6 @@ class ContinuousMixin:
             ValueError, TypeError: a setting is wrong.
             OutOfMemory: no room for keys and values.
         """
-        assert isinstance(self, Model), "ContinuousMixin goes in front of a native model"
         given = continuous_batching_config
         if given is None and generation_config is not None:
             given = getattr(generation_config, "continuous_batching_config", None)
@@ -148,6 +148,11 @@ class ContinuousMixin:
             yield manager
         finally:
             manager.stop(block=block, timeout=timeout)
+
+    def _served(self) -> Decoder:
+        """What computes for a manager."""
+        assert isinstance(self, Model), "ContinuousMixin goes in front of a native model"
+        return self
 
     def _wanted(self, inputs: Items[Any], passed: Any, settings: Mapping[str, Any]) -> int | None:
         """Tokens that the prompts can grow to, all together; `None` where that cannot be told."""

@@ -19,6 +19,7 @@ from unspool.config.resolve import as_generation_config
 from unspool.config.unknown import no_use_for
 from unspool.continuous.requests import Wishes
 from unspool.decode.choose.sample import key
+from unspool.decode.runner import Decoder
 from unspool.errors import Unsupported
 from unspool.logits import as_columns, build_processors
 from unspool.models.base import Model
@@ -71,7 +72,7 @@ class Reader:
         return_logprobs: for requests that do not say.
     """
 
-    def __init__(self, model: Model, base: GenerationConfig, *, seed: int | None, return_logprobs: bool) -> None:
+    def __init__(self, model: Decoder, base: GenerationConfig, *, seed: int | None, return_logprobs: bool) -> None:
         self._model = model
         self._base = base
         self._seed = seed
@@ -211,7 +212,7 @@ class Reader:
         return int(torch.randint(2**62, (1,)))
 
 
-def check_assistant(assistant: Any, model: Model) -> None:
+def check_assistant(assistant: Any, model: Decoder) -> None:
     """Raise TypeError or ValueError unless `assistant` can draft for `model`."""
     if not isinstance(assistant, Model):
         raise TypeError(f"assistant_model must be a native model (see unspool.load), not {type(assistant).__name__}")
@@ -237,10 +238,10 @@ def _check_arguments(arguments: Arguments) -> None:
         raise TypeError(f"streamer must have put() and end(), which {type(streamer).__name__} has not")
 
 
-def merged_config(passed: Any, model: GenerationConfig) -> GenerationConfig:
+def merged_config(passed: Any, model: Any) -> GenerationConfig:
     """A manager's settings: those of `passed`, and the model's where it leaves them open. Neither is changed."""
     own = as_generation_config("generation_config", passed)
-    merged = copy(model)
+    merged = copy(as_generation_config("the model's generation_config", model)) or GenerationConfig()
     if own is not None:
         for name in FIELDS:
             if getattr(own, name) is not None:

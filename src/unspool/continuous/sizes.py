@@ -13,9 +13,10 @@ from unspool.cache.layout import LayerGroup
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
 from unspool.cache.swap import SwapArea
 from unspool.config import ContinuousBatchingConfig
+from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Sequence
 from unspool.errors import OutOfMemory
-from unspool.models.base import Batch, Model
+from unspool.models.base import Batch
 
 __all__ = ["make_store", "make_swap", "share_out", "tokens_per_step"]
 
@@ -31,7 +32,7 @@ _SCORES = 4
 
 
 def make_store(
-    model: Model, config: ContinuousBatchingConfig, places: int, budget: int, wanted: int | None = None
+    model: Decoder, config: ContinuousBatchingConfig, places: int, budget: int, wanted: int | None = None
 ) -> PagedStore:
     """A store of fixed size: by number, or by a share of the free memory and not more than can be used.
 
@@ -122,7 +123,7 @@ def _most(group: LayerGroup, places: int, budget: int) -> int | None:
     return places * (-(-group.window // BLOCK_SIZE) + 2) + -(-budget // BLOCK_SIZE)
 
 
-def _warm_up(model: Model, places: int, budget: int) -> int:
+def _warm_up(model: Decoder, places: int, budget: int) -> int:
     """Bytes that a step of `budget` tokens takes at its height, besides weights and the store: measured on the GPU."""
     device, tokens = model.device, min(budget, model.spec.max_positions)
     store = PagedStore(model.spec.groups, -(-tokens // BLOCK_SIZE), dtype=model.dtype, device=device)
@@ -138,7 +139,7 @@ def _warm_up(model: Model, places: int, budget: int) -> int:
     return taken * -(-budget // tokens) + _SCORES * places * model.spec.vocab_size * 4
 
 
-def _one_step(model: Model, store: PagedStore, row: Sequence) -> torch.Tensor:
+def _one_step(model: Decoder, store: PagedStore, row: Sequence) -> torch.Tensor:
     """Compute all tokens of a row that has room in `store`."""
     device, tokens = model.device, len(row.tokens)
     return model.step(

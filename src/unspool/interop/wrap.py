@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from unspool.bridge.ragged import RaggedModel
+from unspool.continuous import ContinuousMixin
+from unspool.decode.runner import Decoder
+from unspool.errors import Unsupported
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.mixin import GenerationMixin
 from unspool.generate.native import NativeSource
@@ -41,8 +45,8 @@ def wrap(model: nn.Module) -> Wrapped:
     return Wrapped(model)
 
 
-class Wrapped(GenerationMixin):
-    """A module with our `generate()`; see `wrap`."""
+class Wrapped(GenerationMixin, ContinuousMixin):
+    """A module with our `generate()` and continuous batching; see `wrap`."""
 
     def __init__(self, module: nn.Module) -> None:
         object.__setattr__(self, "_module", module)
@@ -100,8 +104,32 @@ class Wrapped(GenerationMixin):
 
         A module of PEFT is told as the one inside, which does the work.
         """
-        inner = getattr(self._module, "get_base_model", None)
-        return report_on(self._module if inner is None else inner())
+        return report_on(self._inner())
+
+    def _served(self) -> Decoder:
+        """What computes for a manager of continuous batching.
+
+        Raises:
+            Unsupported: the module runs in rows.
+        """
+        module = self._inner()
+        if isinstance(module, Model):
+            return module
+        source = ForeignSource(module)
+        verdict = source.verdict()
+        if verdict.shape is None:
+            raise Unsupported(
+                f"continuous batching of {type(module).__name__}: it runs in rows, because {verdict.reason}; "
+                "use generate()"
+            )
+        return RaggedModel(source.foreign, verdict.shape)
+
+    def _inner(self) -> nn.Module:
+        """The module; of one of PEFT's the one inside, where that does all the work."""
+        module: Any = self._module
+        settings = getattr(module, "active_peft_config", None)
+        inner: nn.Module = module if settings is None or settings.is_prompt_learning else module.get_base_model()
+        return inner
 
     def _source(self) -> Source:
         module = self._module
