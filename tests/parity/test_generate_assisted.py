@@ -152,6 +152,67 @@ def test_scores_logits_stop_strings_and_streaming_are_those_of_plain_decoding(ll
     assert out.tolist() == plain_ids.tolist()
 
 
+def test_attentions_and_hidden_states_are_those_of_plain_decoding(models: Four) -> None:
+    model, draft, _, _ = models
+    kwargs: dict[str, Any] = {
+        "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True,
+        "output_attentions": True, "output_hidden_states": True,
+    }  # fmt: skip
+    settings: list[dict[str, Any]] = [
+        {"do_sample": False},
+        {"do_sample": False, "prefill_chunk_size": 4},
+        {"do_sample": True, "seed": 3, "num_return_sequences": 2},
+    ]
+    for setting in settings:
+        plain = model.generate(PROMPTS, **kwargs, **setting)
+        for way in ways(draft):
+            out = model.generate(PROMPTS, **kwargs, **setting, **way)
+            assert out.sequences.tolist() == plain.sequences.tolist()
+            assert_traces_alike(out, plain)
+    whole, parts = (model.generate(PROMPTS, **kwargs, **setting) for setting in settings[:2])
+    assert_traces_alike(parts, whole)
+    assert all(step[0].shape[2] == 1 for step in whole.attentions[1:]), "also where a row is computed anew"
+    ends = whole.sequences[0, 20].item()
+    out = model.generate(PROMPTS, assistant_model=draft, do_sample=False, **kwargs | {"eos_token_id": ends})
+    width = out.sequences.shape[1] - 11
+    assert len(out.hidden_states) == len(out.attentions) == width
+    for row, tokens in enumerate(out.sequences[:, 11:].tolist()):
+        length = tokens.index(ends) + 1 if ends in tokens else width
+        assert all(out.hidden_states[step][-1][row].any() for step in range(length))
+        assert not any(out.hidden_states[step][-1][row].any() for step in range(length, width))
+
+
+def assert_traces_alike(out: Any, plain: Any) -> None:
+    """Two outputs' attentions and hidden states are the same."""
+    for name in ("attentions", "hidden_states"):
+        assert len(out[name]) == len(plain[name])
+        for mine, other in zip(out[name], plain[name], strict=True):
+            for a, b in zip(mine, other, strict=True):
+                assert a.shape == b.shape
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_traces_of_drafts(llama: Four) -> None:
+    """Shapes are transformers' throughout, and contents are where its first step has no draft."""
+    model, draft, theirs, their_draft = llama
+    theirs.set_attn_implementation("eager")
+    kwargs: dict[str, Any] = {
+        "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True,
+        "output_attentions": True, "output_hidden_states": True, "do_sample": False, "suppress_tokens": [0],
+    }  # fmt: skip
+    repeats = {"prompt_lookup_num_tokens": 3, "repetition_penalty": 0.2}
+    ours, other = (each.generate(torch.tensor([[17, 4]]), **kwargs, **repeats) for each in (model, theirs))
+    assert ours.sequences.tolist() == other.sequences.tolist()
+    assert ours.drafts[0][0].position > 2 and sum(one.accepted for one in ours.drafts[0]) > 2
+    assert_traces_alike(ours, other)
+    ids = torch.tensor(PROMPTS[:1])
+    ours = model.generate(ids, assistant_model=draft, **kwargs)
+    other = theirs.generate(ids, assistant_model=their_draft, **kwargs)
+    for name in ("attentions", "hidden_states"):
+        shapes = [[[layer.shape for layer in step] for step in out[name]] for out in (ours, other)]
+        assert shapes[0] == shapes[1]
+
+
 def test_sampled_drafts_keep_the_distribution(llama: Four, tmp_path: Path) -> None:
     """Chi-square of the second new token against its exact distribution.
 

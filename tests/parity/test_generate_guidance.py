@@ -90,6 +90,68 @@ def test_against_a_naive_loop_with_beams_and_one_negative_prompt_for_all(pair: P
     assert out[0, 5:].tolist() == beams[0][1]
 
 
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "seed": 4, "num_return_sequences": 2}])
+def test_drafts_give_the_guided_text_without_them(pair: Pair, sampling: dict[str, Any]) -> None:
+    model = pair[0]
+    kwargs: dict[str, Any] = {
+        "attention_mask": MASK, "negative_prompt_ids": NEGATIVE, "negative_prompt_attention_mask": NEGATIVE_MASK,
+        "guidance_scale": 1.6, "repetition_penalty": 1.2, "min_new_tokens": 3, "max_new_tokens": 14, "pad_token_id": 0,
+        "return_dict_in_generate": True, "output_scores": True, "output_logits": True, **sampling,
+    }  # fmt: skip
+    free = model.generate(PROMPTS, eos_token_id=None, **kwargs).sequences
+    ends = [free[0, 12].item(), free[-1, 15].item()]
+    plain = model.generate(PROMPTS, eos_token_id=ends, **kwargs)
+    for way in (
+        {"assistant_model": model, "assistant_confidence_threshold": 0.0, "num_assistant_tokens": 4},
+        {"assistant_early_exit": 2, "num_assistant_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
+    ):
+        out = model.generate(PROMPTS, eos_token_id=ends, **kwargs, **way)
+        assert out.sequences.tolist() == plain.sequences.tolist(), way
+        if "assistant_model" in way:
+            assert sum(draft.accepted for row in out.drafts for draft in row) > 5, "the drafts are worth checking"
+        for row, reason in enumerate(out.finish_reasons):
+            assert reason == plain.finish_reasons[row]
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(out[name][0], plain[name][0], atol=1e-4, rtol=1e-4)
+
+
+def test_drawn_drafts_are_checked_against_the_guided_distribution(pair: Pair) -> None:
+    """Chi-square of two tokens, the second drafted without guidance, against their exact guided distribution.
+
+    Nine cells, so eight degrees of freedom: 31.8 is passed once in ten thousand. The distribution that accepting every
+    draft would give is tested to be found.
+    """
+    model, theirs = pair
+    draws = 2000
+    kwargs: dict[str, Any] = {"do_sample": True, "top_k": 3, "guidance_scale": 2.0, "negative_prompt_ids": NEGATIVE[:1]}
+    kwargs |= {"max_new_tokens": 3, "eos_token_id": None, "num_return_sequences": draws, "pad_token_id": 0}
+    torch.manual_seed(1)
+    out = model.generate(PROMPTS[:1], assistant_early_exit=2, num_assistant_tokens=1, **kwargs)
+    found = [tuple(tokens) for tokens in out[:, 5:7].tolist()]
+
+    def shares(tokens: list[int], scale: float) -> torch.Tensor:
+        with torch.no_grad():
+            own = theirs(torch.tensor([PROMPTS[0].tolist() + tokens])).logits[0, -1].log_softmax(-1)
+            other = theirs(torch.tensor([NEGATIVE[0].tolist() + tokens])).logits[0, -1].log_softmax(-1)
+        scores = scale * (own - other) + other
+        return scores.masked_fill(scores < scores.topk(3).values[-1], -torch.inf).softmax(-1)
+
+    def statistic(second_scale: float) -> float:
+        first = shares([], 2.0)
+        cells = {
+            (a, b): draws * float(first[a] * second[b])
+            for a in first.nonzero().flatten().tolist()
+            for second in [shares([a], second_scale)]
+            for b in second.nonzero().flatten().tolist()
+        }
+        missed = sum(one not in cells for one in found)
+        return missed + sum((found.count(cell) - hoped) ** 2 / max(hoped, 1.0) for cell, hoped in cells.items())
+
+    assert statistic(2.0) < 31.8
+    assert statistic(1.0) > 100
+
+
 def test_mistakes_are_refused(pair: Pair) -> None:
     model = pair[0]
     kwargs: dict[str, Any] = {"guidance_scale": 2.0, "max_new_tokens": 3, "do_sample": False}
@@ -104,7 +166,7 @@ def test_mistakes_are_refused(pair: Pair) -> None:
             PROMPTS, negative_prompt_ids=NEGATIVE, negative_prompt_attention_mask=0 * NEGATIVE_MASK, **kwargs
         )
     with pytest.raises(unspool.errors.Unsupported, match="guidance_scale and drafts"):
-        model.generate(PROMPTS, prompt_lookup_num_tokens=3, **kwargs)
+        unspool.wrap(pair[1]).generate(PROMPTS, prompt_lookup_num_tokens=3, **kwargs)
     with pytest.raises(ValueError, match="at least one column"):
         model.generate(PROMPTS, negative_prompt_ids="no", **kwargs)
     assert model.generate(PROMPTS, **kwargs).shape == (3, 8)

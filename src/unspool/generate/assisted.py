@@ -20,8 +20,10 @@ from unspool.errors import Unsupported
 from unspool.generate.call import Assistant, Call, Setup
 from unspool.generate.outputs import Draft, GenerateDecoderOnlyOutput
 from unspool.generate.recorder import refuse_nothing
-from unspool.generate.sampling import sequences
+from unspool.generate.sampling import as_tuple, sequences
 from unspool.generate.stream import Stream
+from unspool.generate.tracing import DraftTracer
+from unspool.logits import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from unspool.stopping import Limits
 
 
@@ -38,6 +40,7 @@ class RaggedRecorder:
         find_fault: names the first layer whose output is not finite for a row, for the error message.
         scores, logits: per row, one `[vocab]` for each of its new tokens; `None` when they are not wanted.
         tops: the likeliest tokens, where they are asked for.
+        tracer: takes attentions and hidden states, or `None`.
         rounds: per row, every draft that was checked.
     """
 
@@ -51,6 +54,7 @@ class RaggedRecorder:
     scores: list[list[Tensor]] | None
     logits: list[list[Tensor]] | None
     tops: Tops | None
+    tracer: DraftTracer | None
     rounds: list[list[Draft]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class RaggedRecorder:
             for kept, made in ((self.scores, choice.scores), (self.logits, choice.logits)):
                 if kept is not None and made is not None:
                     kept[row.row] += made[place : place + taken].unbind()
+            if self.tracer is not None:
+                self.tracer.took(row.row, taken)
             if self.tops is not None and choice.scores is not None:
                 made = choice.scores[place : place + taken]
                 self.tops.add([row.row] * taken, made, choice.tokens[first : first + taken])
@@ -112,11 +118,11 @@ def set_up_assisted(call: Call) -> Setup:
     """A row for each output, with drafts checked in each step."""
     if call.prompts.embeds is not None:
         raise Unsupported("inputs_embeds and drafts cannot be combined; pass input_ids, or leave the drafts out")
-    if call.tracer is not None:
-        raise Unsupported(
-            "output_attentions and output_hidden_states are not kept with drafts; leave out assistant_model, "
-            "prompt_lookup_num_tokens and assistant_early_exit, or these outputs"
-        )
+    if not call.backend.abilities.traces:
+        _refuse_foreign(call)
+    guidance = call.guidance
+    if guidance is not None:  # which takes the positions of all rows at once, and drafts are made without
+        call.processors = LogitsProcessorList(one for one in call.processors if one is not guidance)
     rows = call.rows()
     begin = [len(tokens) for tokens in call.prompts.tokens]
     columns = Columns(call.prompts.rectangle, begin)
@@ -131,6 +137,7 @@ def set_up_assisted(call: Call) -> Setup:
         None if call.kept.scores is None else [[] for _ in rows],
         None if call.kept.logits is None else [[] for _ in rows],
         call.kept.tops,
+        call.tracer if isinstance(call.tracer, DraftTracer) else None,
     )
     noise = call.noise()
     drafter = _drafter(call, rows, columns, sink.room, noise)
@@ -138,17 +145,33 @@ def set_up_assisted(call: Call) -> Setup:
         columns,
         call.processors or None,
         noise,
+        guidance=guidance,
         proposals=drafter.proposals if isinstance(drafter, ModelDrafter) else None,
         ensemble=call.config.assistant_ensemble_weight,
         keep_scores=call.kept.needs_scores,
         keep_logits=sink.logits is not None,
     )
-    group = Group(rows, chooser, sink, twins=call.twins(rows), drafter=drafter)
+    group = Group(rows, chooser, sink, twins=call.twins(rows), drafter=drafter, watch=call.tracer)
 
     def result(runner: Runner) -> Tensor | GenerateDecoderOnlyOutput:
         return _output(call, rows, sink, runner) if call.detailed else sequences(call, rows)
 
     return Setup(group, result, forks=False, in_step=True, keep_finished=False)
+
+
+def _refuse_foreign(call: Call) -> None:
+    """Raise `Unsupported` for what goes with drafts on native models alone."""
+    guided = any(isinstance(one, UnbatchedClassifierFreeGuidanceLogitsProcessor) for one in call.processors)
+    for name, wrong in (
+        ("output_attentions", call.detailed and call.config.output_attentions),
+        ("output_hidden_states", call.detailed and call.config.output_hidden_states),
+        ("guidance_scale", guided),
+    ):
+        if wrong:
+            raise Unsupported(
+                f"{name} and drafts (assistant_model, prompt_lookup_num_tokens) go together on native models only; "
+                "leave one of them out, or load the checkpoint with unspool.load"
+            )
 
 
 def _drafter(
@@ -165,7 +188,7 @@ def _drafter(
         return _model_drafter(call, Assistant(early, config), rows, room, noise)
     if config.prompt_lookup_num_tokens is not None:
         tokens, ngram = int(config.prompt_lookup_num_tokens), int(config.max_matching_ngram_size or 2)
-        drawn = isinstance(noise, GlobalNoise) and len(rows) == 1
+        drawn = isinstance(noise, GlobalNoise) and len(rows) == 1 and call.negative is None
         allowed = _allowed(call, columns) if drawn and call.processors else None
 
         def most(row: Sequence) -> int:
@@ -235,6 +258,8 @@ def _output(call: Call, rows: list[Sequence], sink: RaggedRecorder, runner: Runn
         sequences=made,
         scores=_by_step(sink.scores),
         logits=_by_step(sink.logits),
+        attentions=as_tuple(sink.tracer.attentions) if sink.tracer else None,
+        hidden_states=as_tuple(sink.tracer.hidden_states) if sink.tracer else None,
         past_key_values=call.backend.past(rows, runner, made.shape[1] - 1) if call.config.use_cache else None,
         finish_reasons=[row.finish or "length" for row in rows],
         acceptance_rate=sum(accepted) / max(1, sum(drafted)),

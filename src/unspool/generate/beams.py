@@ -13,8 +13,10 @@ from unspool.decode.runner import Runner
 from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.generate.call import Call, Setup
 from unspool.generate.outputs import BeamStep, GenerateBeamDecoderOnlyOutput
-from unspool.generate.recorder import Kept, Tracer, refuse_nothing
+from unspool.generate.recorder import Kept, refuse_nothing
+from unspool.generate.sampling import as_tuple
 from unspool.generate.stream import Stream
+from unspool.generate.tracing import DraftTracer, Tracer
 from unspool.stopping import Limits
 
 
@@ -105,7 +107,7 @@ def beam_sequences(chooser: Beams, prompts: Tensor, number: int) -> Tensor:
 
 
 def beam_output(
-    chooser: Beams, prompts: Tensor, number: int, limits: Limits, kept: Kept, tracer: Tracer | None
+    chooser: Beams, prompts: Tensor, number: int, limits: Limits, kept: Kept, tracer: Tracer | DraftTracer | None
 ) -> GenerateBeamDecoderOnlyOutput:
     """Everything that was recorded, for the `number` best outputs of each prompt."""
     best = chooser.best(number)
@@ -122,11 +124,11 @@ def beam_output(
     return GenerateBeamDecoderOnlyOutput(
         sequences=beam_sequences(chooser, prompts, number),
         sequences_scores=best.scores.flatten().clone() if kept.scores is not None else None,
-        scores=None if kept.scores is None else tuple(kept.scores),
-        logits=None if kept.logits is None else tuple(kept.logits),
+        scores=as_tuple(kept.scores),
+        logits=as_tuple(kept.logits),
         beam_indices=best.origins.flatten(0, 1).clone(),
-        attentions=None if tracer is None or tracer.attentions is None else tuple(tracer.attentions),
-        hidden_states=None if tracer is None or tracer.hidden_states is None else tuple(tracer.hidden_states),
+        attentions=as_tuple(tracer.attentions) if tracer else None,
+        hidden_states=as_tuple(tracer.hidden_states) if tracer else None,
         finish_reasons=reasons,
         top_logprobs=tops,
         token_logprobs=chances,

@@ -9,16 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unspool.config import GenerationConfig
+from unspool.config import GenerationConfig, GenerationMode
+from unspool.config.mode import mode_of
 from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Group, Sequence
 from unspool.decode.tops import Tops
 from unspool.generate.inputs import Prompts
 from unspool.generate.outputs import GenerateOutput
-from unspool.generate.recorder import Kept, Tracer
+from unspool.generate.recorder import Kept
 from unspool.generate.stream import Stream
+from unspool.generate.tracing import DraftTracer, Tracer
 from unspool.logits import LogitsProcessorList
+from unspool.logits.guidance import GuidanceLogitsProcessor
 from unspool.models.adapters import Adapter
 from unspool.stopping import Limits
 
@@ -49,11 +52,13 @@ class Exits:
         layers: how many layers there are; hidden states number 0 enter the first, and this many leaves the final norm.
         tied: the head's weight is the embedding's.
         head: logits `[n, vocab]` of hidden states `[n, hidden]` of any layer.
+        windows: for each layer how many keys a query sees at most, or `None` for all.
     """
 
     layers: int
     tied: bool
     head: Callable[[Tensor], Tensor]
+    windows: list[int | None]
 
 
 class Backend(Protocol):
@@ -182,7 +187,7 @@ class Call:
     negative: tuple[Tensor, Tensor] | None = None
     synced: bool = False
     kept: Kept = field(init=False)
-    tracer: Tracer | None = field(init=False)
+    tracer: Tracer | DraftTracer | None = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -195,7 +200,22 @@ class Call:
         )
         heads, hidden = bool(config.output_attentions), bool(config.output_hidden_states)
         wanted = self.detailed and (heads or hidden) and self.backend.abilities.traces
-        self.tracer = Tracer(len(self.prompts.tokens), self.copies, heads, hidden) if wanted else None
+        self.tracer = None
+        if wanted and self.mode is GenerationMode.ASSISTED_GENERATION:
+            windows = self.backend.exits().windows
+            self.tracer = DraftTracer(len(self.prompts.tokens), self.copies, heads, hidden, windows)
+        elif wanted:
+            self.tracer = Tracer(len(self.prompts.tokens), self.copies, heads, hidden)
+
+    @property
+    def mode(self) -> GenerationMode:
+        """The strategy that the settings mean."""
+        return mode_of(self.config, assisted=self.assistant is not None)
+
+    @property
+    def guidance(self) -> GuidanceLogitsProcessor | None:
+        """The processor that gets the logits of rows' other halves, or `None`."""
+        return next((one for one in self.processors if isinstance(one, GuidanceLogitsProcessor)), None)
 
     @property
     def detailed(self) -> bool:

@@ -45,7 +45,15 @@ def guided(setup: Setup, call: Call, guidance: GuidanceLogitsProcessor, ids: Ten
     group, times = setup.group, setup.candidates
     tokens = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
     prompts = [tokens[i // times] for i in range(len(group.rows))]
-    both = guided_group(group, guidance, prompts, steps=call.steps, positions=call.backend.positions)
+    backend = call.backend
+    both = guided_group(
+        group,
+        guidance,
+        prompts,
+        steps=call.steps,
+        positions=backend.positions,
+        recompute_past=backend.recompute_past,
+    )
     if group.twins is not None:
         both.twins = [*group.twins, *(call.twins(both.rows[len(group.rows) :], times) or [])]
     return replace(setup, group=both)

@@ -51,7 +51,12 @@ class NativeBackend(PagedBackend):
 
     def exits(self) -> Exits:
         """See `Backend`."""
-        return Exits(self.model.spec.layers, self.model.tied, self.model.lm_head)
+        spec = self.model.spec
+        windows: list[int | None] = [None] * spec.layers
+        for group in spec.groups:
+            for layer in group.layers:
+                windows[layer] = group.window
+        return Exits(spec.layers, self.model.tied, self.model.lm_head, windows)
 
     def first_layers(self, layers: int) -> NativeBackend:
         """See `Backend`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unspool.decode.choose.sample import Rectangle
-from unspool.decode.sequence import Choice, Sequence, Want, Work
+from unspool.decode.sequence import Choice, Sequence
 from unspool.decode.tops import Tops
 from unspool.errors import NonFiniteLogits
 from unspool.generate.stream import Stream
@@ -47,8 +47,7 @@ class Kept:
         if self.logits is not None and choice.logits is not None:
             self.logits.append(choice.logits)
         if self.beams is not None and choice.parents is not None:
-            number = len(rows)  # with guidance the choice has another half
-            self.beams.append(([row.row for row in rows], choice.parents[:number], choice.tokens[:number]))
+            self.beams.append(([row.row for row in rows], choice.parents, choice.tokens))
 
 
 def refuse_nothing(row: Sequence, find_fault: Callable[[Sequence], str]) -> NoReturn:
@@ -124,64 +123,3 @@ class Recorder:
             flags[row.row] = True
         if any(flags):
             self.stream.step(news, flags)
-
-
-class Tracer:
-    """Turns what the loop's watch reports into transformers' shapes, per step and layer.
-
-    Hidden states become `[rows, queries, hidden]` and attentions `[rows, heads, queries, keys]`; a row's true tokens
-    stand at the right end, and what would be padding is zero.
-
-    Args:
-        rows: rows of the call.
-        copies: rows that share each prompt; where only the first of them is fed, it stands for all.
-        heads, hidden: whether to keep attentions, hidden states.
-    """
-
-    def __init__(self, rows: int, copies: int, heads: bool, hidden: bool) -> None:
-        self.attentions: list[tuple[Tensor, ...]] | None = [] if heads else None
-        self.hidden_states: list[tuple[Tensor, ...]] | None = [] if hidden else None
-        self.want = Want(heads, None if hidden else frozenset())
-        self._rows = rows
-        self._copies = copies
-        self._chunks: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
-
-    def __call__(self, work: list[Work], weights: list[list[Tensor]], hidden: list[Tensor]) -> None:
-        """Take one step's attention weights (per layer, per row) and hidden states (per layer)."""
-        order = [self._places(item.seq.row, work) for item in work]
-        feeds = [item.feed for item in work]
-        heads = tuple(self._pad_weights(layer, order) for layer in weights) if self.want.weights else ()
-        states = tuple(self._pad_hidden(layer, order, feeds) for layer in hidden) if self.want.layers is None else ()
-        self._chunks.append((heads, states))
-        if not all(item.keep for item in work):
-            return
-        chunks, self._chunks = self._chunks, []
-        if self.attentions is not None:
-            self.attentions.append(tuple(_join_weights(layer) for layer in zip(*(c[0] for c in chunks), strict=True)))
-        if self.hidden_states is not None:
-            self.hidden_states.append(tuple(torch.cat(layer, 1) for layer in zip(*(c[1] for c in chunks), strict=True)))
-
-    def _places(self, row: int, work: list[Work]) -> slice:
-        """The rows that what is seen of `row` is for."""
-        leaders = all(item.seq.row % self._copies == 0 for item in work)
-        return slice(row, row + (self._copies if leaders else 1))
-
-    def _pad_weights(self, layer: list[Tensor], order: list[slice]) -> Tensor:
-        queries = max(row.shape[1] for row in layer)
-        keys = max(row.shape[2] for row in layer)
-        out = layer[0].new_zeros(self._rows, layer[0].shape[0], queries, keys)
-        for places, row in zip(order, layer, strict=True):
-            out[places, :, queries - row.shape[1] :, keys - row.shape[2] :] = row
-        return out
-
-    def _pad_hidden(self, layer: Tensor, order: list[slice], feeds: list[int]) -> Tensor:
-        out = layer.new_zeros(self._rows, max(feeds), layer.shape[-1])
-        for places, row in zip(order, torch.split(layer, feeds), strict=True):
-            out[places, out.shape[1] - row.shape[0] :] = row
-        return out
-
-
-def _join_weights(chunks: tuple[Tensor, ...]) -> Tensor:
-    """Chunks of one prompt's attention under each other; later chunks see more keys."""
-    keys = chunks[-1].shape[-1]
-    return torch.cat([torch.nn.functional.pad(chunk, (0, keys - chunk.shape[-1])) for chunk in chunks], dim=2)

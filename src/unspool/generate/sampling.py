@@ -55,10 +55,10 @@ def sampled_output(
     tops, chances = (None, None) if call.kept.tops is None else call.kept.tops.result()
     return GenerateDecoderOnlyOutput(
         sequences=made,
-        scores=_tuple(call.kept.scores),
-        logits=_tuple(call.kept.logits),
-        attentions=_tuple(tracer.attentions) if tracer else None,
-        hidden_states=_tuple(tracer.hidden_states) if tracer else None,
+        scores=as_tuple(call.kept.scores),
+        logits=as_tuple(call.kept.logits),
+        attentions=as_tuple(tracer.attentions) if tracer else None,
+        hidden_states=as_tuple(tracer.hidden_states) if tracer else None,
         past_key_values=call.backend.past(stored or rows, runner, made.shape[1] - 1) if call.config.use_cache else None,
         finish_reasons=[row.finish or "length" for row in rows],
         top_logprobs=tops,
@@ -66,5 +66,6 @@ def sampled_output(
     )
 
 
-def _tuple(items: list[T] | None) -> tuple[T, ...] | None:
+def as_tuple(items: list[T] | None) -> tuple[T, ...] | None:
+    """What was collected, for an output; `None` stays."""
     return None if items is None else tuple(items)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from unspool.config import GenerationMode
-from unspool.config.mode import mode_of
 from unspool.decode.loop import Loop
 from unspool.decode.plan import Scheduler, StaticScheduler
 from unspool.decode.sequence import Sequence
@@ -23,7 +22,6 @@ from unspool.generate.guidance import guided
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.sampling import set_up_sampling
 from unspool.generate.synced import SyncedScheduler
-from unspool.logits.guidance import GuidanceLogitsProcessor
 
 _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
     GenerationMode.GREEDY_SEARCH: set_up_sampling,
@@ -40,9 +38,9 @@ _SET_UP: dict[GenerationMode, Callable[[Call], Setup]] = {
 
 def run(call: Call) -> Tensor | GenerateOutput:
     """Generate: `[rows, columns]` ids, or the output object when `return_dict_in_generate` is set."""
-    setup = _SET_UP[mode_of(call.config, assisted=call.assistant is not None)](call)
-    if call.negative is not None:
-        guidance = next(processor for processor in call.processors if isinstance(processor, GuidanceLogitsProcessor))
+    guidance = call.guidance
+    setup = _SET_UP[call.mode](call)
+    if call.negative is not None and guidance is not None:
         setup = guided(setup, call, guidance, *call.negative)
     rows = setup.group.rows
     copies, drafts = call.copies * setup.candidates, setup.group.drafter is not None

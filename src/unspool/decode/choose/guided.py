@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unspool.decode.sequence import Choice, Chooser, Group, Sequence, Sink, Want, Watch, Work
-from unspool.errors import Unsupported
+from unspool.decode.sequence import Choice, Chooser, Drafter, Group, Sequence, Sink, Want, Watch, Work
 from unspool.logits.guidance import GuidanceLogitsProcessor
 
 
@@ -26,12 +25,16 @@ class GuidedChooser:
         self._guidance = guidance
 
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
-        """See `Chooser`."""
-        half = len(rows) // 2
-        self._guidance.unconditional = logits[half:]
-        choice = self._inner.choose(logits[:half], rows[:half])
-        parents = None if choice.parents is None else torch.cat([choice.parents, choice.parents + half])
-        return replace(choice, tokens=torch.cat([choice.tokens, choice.tokens]), parents=parents)
+        """See `Chooser`; both halves have the same drafts."""
+        half, positions = len(rows) // 2, logits.shape[0] // 2
+        self._guidance.unconditional = logits[positions:]
+        choice = self._inner.choose(logits[:positions], rows[:half])
+        return replace(
+            choice,
+            tokens=torch.cat([choice.tokens, choice.tokens]),
+            parents=None if choice.parents is None else torch.cat([choice.parents, choice.parents + half]),
+            counts=None if choice.counts is None else choice.counts * 2,
+        )
 
 
 class GuidedSink:
@@ -42,9 +45,15 @@ class GuidedSink:
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """See `Sink`."""
-        half = len(rows) // 2
+        half, count = len(rows) // 2, len(tokens) // 2
         known = [len(row.tokens) for row in rows[:half]]
-        self._inner.commit(rows[:half], tokens[:half], choice)
+        first = replace(
+            choice,
+            tokens=choice.tokens[:count],
+            parents=None if choice.parents is None else choice.parents[:half],
+            counts=None if choice.counts is None else choice.counts[:half],
+        )
+        self._inner.commit(rows[:half], tokens[:count], first)
         for row, other, begin in zip(rows[:half], rows[half:], known, strict=True):
             other.tokens += row.tokens[begin:]
             other.finish = row.finish
@@ -73,8 +82,37 @@ class _FirstHalf:
         )
 
 
+class GuidedDrafter:
+    """Has the first half's drafts made, and gives the second half the same.
+
+    Args:
+        inner: drafts.
+        recompute_past: see `ModelSpec`; no draft reaches across it, in the longer of two halves.
+    """
+
+    def __init__(self, inner: Drafter, recompute_past: int | None) -> None:
+        self._inner = inner
+        self._recompute_past = recompute_past
+
+    def draft(self, rows: Items[Sequence]) -> None:
+        """See `Drafter`."""
+        half, limit = len(rows) // 2, self._recompute_past
+        self._inner.draft(rows[:half])
+        for row, other in zip(rows[:half], rows[half:], strict=True):
+            if limit is not None:
+                left = [limit - one.known for one in (row, other) if one.known <= limit]
+                row.draft = row.draft[: min(left, default=len(row.draft))]
+            other.draft = list(row.draft)
+
+
 def guided_group(
-    group: Group, guidance: GuidanceLogitsProcessor, prompts: Items[list[int]], *, steps: int, positions: int | float
+    group: Group,
+    guidance: GuidanceLogitsProcessor,
+    prompts: Items[list[int]],
+    *,
+    steps: int,
+    positions: int | float,
+    recompute_past: int | None = None,
 ) -> Group:
     """The same decoding with another half of rows beside the rows of `group`, which begin with negative prompts.
 
@@ -83,13 +121,11 @@ def guided_group(
         prompts: true tokens of the negative prompt of each row.
         steps: most new tokens of a row.
         positions: most tokens of a row.
+        recompute_past: see `ModelSpec`.
 
     Raises:
-        Unsupported: the rows are drafted.
         ValueError: a negative prompt is empty or too long.
     """
-    if group.drafter is not None:
-        raise Unsupported("guidance_scale and drafts cannot be combined; leave out one of them")
     if not all(prompts):
         raise ValueError("negative_prompt_ids has a row without a token that negative_prompt_attention_mask keeps")
     longest = max(map(len, prompts)) + steps
@@ -105,5 +141,6 @@ def guided_group(
         [*rows, *others],
         GuidedChooser(group.chooser, guidance),
         GuidedSink(group.sink),
+        drafter=None if group.drafter is None else GuidedDrafter(group.drafter, recompute_past),
         watch=None if group.watch is None else _FirstHalf(group.watch),
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.sequence import Choice, Sequence
 from unspool.logits import LogitsProcessorList
+from unspool.logits.guidance import GuidanceLogitsProcessor
 
 Proposals = Callable[[Sequence], Tensor | None]
 """The distributions `[draft, vocab]` that a row's draft was drawn from; `None` where it was not drawn."""
@@ -56,6 +57,7 @@ class RaggedChooser:
         columns: what `process` sees.
         process: logits processors, or `None` when there are none.
         noise: where sampling noise comes from; `None` chooses greedily.
+        guidance: takes all positions at once, before `process`; see `decode.choose.guided`.
         proposals: distributions of the drafts, or `None` when no draft has any.
         ensemble: drafts are accepted against this share of `p` and the rest of `q` (arXiv 2604.07622); `None` is exact.
         keep_scores, keep_logits: hand the processed scores, the raw logits of all positions on with the choice.
@@ -67,6 +69,7 @@ class RaggedChooser:
         process: LogitsProcessorList | None,
         noise: GlobalNoise | SeededNoise | None,
         *,
+        guidance: GuidanceLogitsProcessor | None = None,
         proposals: Proposals | None = None,
         ensemble: float | None = None,
         keep_scores: bool = False,
@@ -75,6 +78,7 @@ class RaggedChooser:
         self._columns = columns
         self._process = process
         self._noise = noise
+        self._guidance = guidance
         self._proposals = proposals
         self._ensemble = ensemble
         self._keep_scores = keep_scores
@@ -83,9 +87,12 @@ class RaggedChooser:
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
         """Decide what follows each of `rows`; see `Chooser`."""
         # the greatest of logits is at the same place in any dtype: nothing is converted for it alone
-        plain = self._noise is None and self._process is None and self._ensemble is None
+        changed = self._process is not None or self._guidance is not None
+        plain = self._noise is None and not changed and self._ensemble is None
         scores = logits if plain and not self._keep_scores and not self._keep_logits else logits.float()
-        raw = (scores.clone() if self._process else scores) if self._keep_logits else None
+        raw = (scores.clone() if changed else scores) if self._keep_logits else None
+        if self._guidance is not None:
+            scores = self._guidance(torch.empty(scores.shape[0], 0), scores)
         if self._process is not None:
             scores = self._processed(scores, rows, self._process)
         tokens: list[int] = []
