@@ -13,6 +13,7 @@ import torch
 
 import unspool
 from unspool.cache import PagedStore
+from unspool.config.notice import warn_once
 
 Case = tuple[dict[str, Any], type[Exception], str]
 
@@ -28,6 +29,7 @@ def model(loaded: tuple[Any, Any]) -> Any:
 
 
 IDS = torch.tensor([[5, 6, 7, 8]])
+TWO = torch.tensor([[5, 6, 7], [8, 9, 10]])
 
 MISTAKES: dict[str, Case] = {
     "id outside the vocabulary": ({"input_ids": torch.tensor([[5, 10**6]])}, ValueError, "1000000"),
@@ -63,16 +65,56 @@ MISTAKES: dict[str, Case] = {
         "num_beam_groups",
     ),
     "an assistant": ({"assistant_model": object()}, TypeError, "assistant_model"),
+    "processors in no list": ({"logits_processor": 3}, TypeError, "logits_processor must be a list"),
+    "a processor in no list": ({"logits_processor": len}, TypeError, r"pass logits_processor=\[...\]"),
+    "a processor that is none": ({"logits_processor": [3]}, TypeError, "logits_processor holds 3"),
+    "a criterion that is none": ({"stopping_criteria": [3]}, TypeError, "stopping_criteria holds 3"),
+    "a prefix function that is none": (
+        {"prefix_allowed_tokens_fn": 3},
+        TypeError,
+        "prefix_allowed_tokens_fn must be a function",
+    ),
+    "a streamer that is none": ({"streamer": 3}, TypeError, "streamer must have the methods"),
+    "layers for drafts": ({"use_mtp": True}, unspool.errors.Unsupported, "use_mtp=True"),
+    "a kind of drafts": (
+        {"prompt_lookup_num_tokens": 2, "speculation_type": "x"},
+        unspool.errors.Unsupported,
+        "speculation_type='x'",
+    ),
+    "an assistant without scores": (
+        {"is_assistant": True},
+        ValueError,
+        "is_assistant=True .* needs output_scores=True",
+    ),
+    "a mask without its prompt": (
+        {"guidance_scale": 2.0, "negative_prompt_attention_mask": IDS},
+        ValueError,
+        "pass both",
+    ),
+    "an empty bad word": ({"bad_words_ids": [[]]}, ValueError, "non-empty lists"),
+    "a decay that is no pair": ({"exponential_decay_length_penalty": 3}, ValueError, "a pair"),
+    "a compile mode": ({"compile_config": {"mode": "fast"}}, ValueError, "compile_config.mode must be one of"),
+    "a compile flag": ({"compile_config": {"dynamic": 1}}, TypeError, "compile_config.dynamic"),
+    "fullgraph": ({"compile_config": {"fullgraph": 1}}, TypeError, "compile_config.fullgraph"),
+    "a compiler": ({"compile_config": {"backend": 1}}, TypeError, "compile_config.backend"),
+    "options of a compiler": ({"compile_config": {"options": 1}}, TypeError, "compile_config.options"),
+    "more outputs than memory": (
+        {"do_sample": True, "num_return_sequences": 10**10},
+        unspool.errors.OutOfMemory,
+        "copies need",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", sorted(MISTAKES))
-def test_a_mistake_is_one_clear_error_and_harms_nothing(model: Any, name: str) -> None:
+def test_a_mistake_is_one_clear_error_and_harms_nothing(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kwargs, kind, text = MISTAKES[name]
     before = model.generate(IDS, max_new_tokens=3).tolist()
     given = kwargs if {"inputs", "input_ids"} & set(kwargs) else {"input_ids": IDS, **kwargs}
+    monkeypatch.setattr(type(model), "step", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(kind, match=text) as caught:
         model.generate(**given)
+    monkeypatch.undo()
     assert "\n" not in str(caught.value)
     assert model.generate(IDS, max_new_tokens=3).tolist() == before
 
@@ -379,21 +421,103 @@ def test_memory_that_is_not_there_is_said_before_it_is_taken(model: Any, monkeyp
     assert model.generate(IDS, max_new_tokens=3).shape == (1, 7)
 
 
-def test_a_fault_of_the_callers_says_in_which_step(model: Any) -> None:
-    class Refusal(Exception):
-        pass
+class Refusal(Exception):
+    """A fault of the caller's own."""
 
-    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if ids.shape[1] == 7:
+
+class Fails:
+    """Fails when it is called for the `number`-th time; a processor, a criterion, a streamer, a prefix function."""
+
+    def __init__(self, number: int = 3) -> None:
+        self.left = number
+
+    def count(self) -> None:
+        self.left -= 1
+        if not self.left:
             raise Refusal("no")
+
+    def processor(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.count()
         return scores
 
-    before = model.generate(IDS, max_new_tokens=6, do_sample=False).tolist()
-    for way in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"guidance_scale": 1.5}):
+    def criterion(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        self.count()
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    def prefix(self, row: int, ids: torch.Tensor) -> list[int]:
+        self.count()
+        return list(range(1, 40))
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.count()
+
+    def end(self) -> None:
+        raise AssertionError("the call failed")
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sample": {"do_sample": True},
+    "beams": {"num_beams": 2},
+    "groups": {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "constrained": {"num_beams": 2, "force_words_ids": [[5]]},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "early exit": {"assistant_early_exit": 1},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 3},
+    "dola": {"dola_layers": "high", "repetition_penalty": 1.2},
+    "guided": {"guidance_scale": 1.5},
+    "guided drafts": {"guidance_scale": 1.5, "assistant_early_exit": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fault_of_the_callers_says_in_which_step(model: Any, way: str) -> None:
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **WAYS[way]}
+    faults: list[dict[str, Any]] = [
+        {"logits_processor": [Fails().processor]},
+        {"stopping_criteria": [Fails().criterion]},
+        {"prefix_allowed_tokens_fn": Fails().prefix},
+        {"streamer": Fails()},
+    ]
+    torch.manual_seed(0)
+    before = model.generate(IDS, **kwargs).tolist()
+    stores = _stores()
+    for fault in faults:
         with pytest.raises(Refusal, match="no") as caught:
-            model.generate(IDS, max_new_tokens=6, do_sample=False, logits_processor=[broken], **way)
-        assert any("raised in step" in note for note in caught.value.__notes__)
-        assert model.generate(IDS, max_new_tokens=6, do_sample=False).tolist() == before
+            model.generate(IDS, **kwargs, **fault)
+        assert any("raised in step" in note for note in caught.value.__notes__), fault
+        del caught
+    assert _stores() <= stores, "keys and values of calls that failed are let go"
+    torch.manual_seed(0)
+    assert model.generate(IDS, **kwargs).tolist() == before
+
+
+def _stores() -> int:
+    gc.collect()
+    return sum(type(one).__name__ == "PagedStore" for one in gc.get_objects())
+
+
+def test_rows_that_ended_are_never_fed_a_token_that_is_none(model: Any) -> None:
+    free = model.generate(TWO, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    end = free[0, TWO.shape[1] + 1].item()
+    kwargs: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": end, "pad_token_id": 10**6}
+    out = model.generate(TWO, **kwargs)
+    assert out[0, TWO.shape[1] + 2 :].eq(10**6).all()
+    with pytest.raises(ValueError, match="pad_token_id=1000000 is none of the model's"):
+        model.generate(TWO, return_dict_in_generate=True, output_scores=True, **kwargs)
+    assert model.generate(TWO[:1], return_dict_in_generate=True, output_scores=True, **kwargs).sequences.shape[0] == 1
+
+
+def test_settings_without_effect_are_mentioned(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for idle, said in (
+        ({"cache_config": {"nbits": 8}}, "cache_config has no effect"),
+        ({"compile_config": {"mode": "default"}}, "nothing is compiled"),
+        ({"negative_prompt_ids": IDS}, "no effect without guidance_scale"),
+        ({"assistant_model": model, "prompt_lookup_num_tokens": 2}, "assistant_model has no effect beside"),
+    ):
+        warn_once.cache_clear()
+        model.generate(IDS, max_new_tokens=2, do_sample=False, **idle)
+        assert said in caplog.text
 
 
 def test_a_misspelt_setting_names_the_nearest(model: Any) -> None:

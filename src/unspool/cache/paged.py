@@ -38,8 +38,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def refuse_if_too_large(size: int, device: torch.device) -> None:
-    """Raise `OutOfMemory` when `size` bytes can never fit on `device`.
+def refuse_if_too_large(size: int, device: torch.device, what: str = "keys and values") -> None:
+    """Raise `OutOfMemory` when `size` bytes of `what` can never fit on `device`.
 
     A CPU would promise the memory and end the process later, so it is compared with what the machine has.
     """
@@ -51,7 +51,7 @@ def refuse_if_too_large(size: int, device: torch.device) -> None:
         return
     if size > have:
         raise OutOfMemory(
-            f"keys and values need {size / 2**30:.1f} GiB and {device} has {have / 2**30:.1f} GiB; "
+            f"{what} need {size / 2**30:.1f} GiB and {device} has {have / 2**30:.1f} GiB; "
             "lower max_new_tokens (or max_length), the number of prompts, num_return_sequences or num_beams"
         )
 

@@ -161,6 +161,8 @@ def check_values(settings: GenerationFields, caller: Collection[str] | None, *, 
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
     if settings.watermarking_config is not None:
         settings.watermarking_config.validate()
+    if settings.compile_config is not None:
+        settings.compile_config.validate()
     if not loading:
         _check_types(settings)
         if settings.do_sample is True and settings.temperature == 0:
@@ -295,6 +297,10 @@ def _idle_cache(settings: GenerationFields, strict: bool) -> dict[str, str]:
         for name in ("cache_implementation", "cache_config")
         if settings.use_cache is False and getattr(settings, name) is not None
     }
+    if settings.cache_config and settings.cache_implementation != "quantized" and not strict:
+        found["cache_config"] = "cache_config has no effect without cache_implementation='quantized'"
+    if settings.compile_config is not None and not strict:
+        found["compile_config"] = "compile_config has no effect: nothing is compiled in a call"
     if settings.max_cache_len is not None and settings.cache_implementation not in STATIC_CACHES and not strict:
         found["max_cache_len"] = "max_cache_len has no effect without a static cache"
     return found

@@ -198,9 +198,10 @@ class GenerationFields:
     # Running
 
     compile_config: CompileConfig | None = None
-    """How to compile the forward pass; a dict becomes a `CompileConfig`. Not written by `save_pretrained`."""
+    """How transformers compiles the forward pass; a dict becomes a `CompileConfig`. Checked and without effect: nothing
+    is compiled in a call here. Not written by `save_pretrained`."""
     disable_compile: bool | None = None
-    """Never compile by itself."""
+    """Never compile by itself, which no call here does."""
     continuous_batching_config: ContinuousBatchingConfig | None = None
     """Settings of `generate_batch`; better passed to it directly."""
 

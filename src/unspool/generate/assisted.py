@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unspool.config.notice import warn_once
 from unspool.decode.choose.ragged import Columns, RaggedChooser
 from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.draft.assistant import DraftModel, model_drafter
@@ -118,8 +119,16 @@ def set_up_assisted(call: Call) -> Setup:
     """A row for each output, with drafts checked in each step."""
     if call.prompts.embeds is not None:
         raise Unsupported("inputs_embeds and drafts cannot be combined; pass input_ids, or leave the drafts out")
+    for name in ("use_mtp", "speculation_type"):
+        if getattr(call.config, name):
+            raise Unsupported(
+                f"{name}={getattr(call.config, name)!r}: drafts here come from an assistant_model, "
+                "prompt_lookup_num_tokens or assistant_early_exit; leave it out, or use one of these"
+            )
     if not call.backend.abilities.traces:
         _refuse_foreign(call)
+    if call.assistant is not None and (call.config.assistant_early_exit or call.config.prompt_lookup_num_tokens):
+        warn_once("assistant_model has no effect beside assistant_early_exit or prompt_lookup_num_tokens")
     guidance = call.guidance
     if guidance is not None:  # which takes the positions of all rows at once, and drafts are made without
         call.processors = LogitsProcessorList(one for one in call.processors if one is not guidance)

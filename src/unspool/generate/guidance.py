@@ -21,6 +21,8 @@ def read_negative(ids: Any, mask: Any, prompts: Prompts, copies: int) -> tuple[T
         ValueError: another number of rows than the prompts have (or one), or a mask of another shape.
     """
     rows = prompts.rectangle.shape[0]
+    if ids is None and mask is not None:
+        raise ValueError("negative_prompt_attention_mask belongs to negative_prompt_ids, which are missing; pass both")
     if ids is None:
         ids, mask = prompts.rectangle[:, -1:], None
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():

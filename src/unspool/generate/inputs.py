@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unspool.cache.paged import refuse_if_too_large
 from unspool.models.adapters import Adapter
 from unspool.models.base import ModelSpec
 
@@ -32,7 +33,13 @@ class Prompts:
     adapters: list[Adapter | None] | None = None
 
     def expand(self, times: int) -> Prompts:
-        """Every row `times` times, copies side by side."""
+        """Every row `times` times, copies side by side.
+
+        Raises:
+            OutOfMemory: not even the ids would fit.
+        """
+        size = times * self.rectangle.numel() * (self.rectangle.element_size() + self.mask.element_size())
+        refuse_if_too_large(size, self.rectangle.device, "the prompts' copies")
         return Prompts(
             self.rectangle.repeat_interleave(times, dim=0),
             self.mask.repeat_interleave(times, dim=0),

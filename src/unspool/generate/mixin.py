@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence as Items
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from unspool.config import GenerationConfig, GenerationMode, Resolved, effective
 from unspool.config.fields import FIELDS
 from unspool.config.lengths import end_tokens
 from unspool.config.mode import mode_of
+from unspool.config.notice import warn_once
 from unspool.config.resolve import as_generation_config
 from unspool.decode.choose.beam_rules import beam_filler
 from unspool.decode.draft.vocabularies import read_tokenizers, tongue
@@ -21,6 +21,7 @@ from unspool.errors import Unsupported
 from unspool.generate.call import Assistant, Call
 from unspool.generate.custom import call_custom, load_custom_generate, own_arguments
 from unspool.generate.foreign import ForeignSource
+from unspool.generate.given import Given, PrefixFn
 from unspool.generate.guidance import read_negative
 from unspool.generate.inputs import Prompts
 from unspool.generate.native import NativeSource
@@ -39,8 +40,6 @@ from unspool.logits.base import ProcessorLike
 from unspool.logits.guidance import GuidanceLogitsProcessor
 from unspool.models.base import Model
 from unspool.stopping import build_criteria, build_limits
-
-PrefixFn = Callable[[int, Tensor], list[int]]
 
 
 class GenerationMixin:
@@ -136,7 +135,7 @@ class GenerationMixin:
         resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
         arguments = Arguments(inputs, resolved.unused)
         try:
-            given = _Given(
+            given = Given(
                 logits_processor,
                 stopping_criteria,
                 prefix_allowed_tokens_fn,
@@ -172,7 +171,7 @@ class GenerationMixin:
         """Score of each generated token; see `unspool.generate.scores.compute_transition_scores`."""
         return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
 
-    def _prepare(self, arguments: Arguments, resolved: Resolved, given: _Given) -> Call:
+    def _prepare(self, arguments: Arguments, resolved: Resolved, given: Given) -> Call:
         """Settle everything that can be wrong before any work is done."""
         source = self._source()
         config = resolved.config
@@ -204,7 +203,7 @@ class GenerationMixin:
             guidance=guidance,
         )
         filler = beam_filler(config, eos) if beams > 1 else pad if pad is not None else eos[0] if eos else 0
-        return Call(
+        call = Call(
             backend=reading.backend,
             config=config,
             prompts=prompts,
@@ -224,9 +223,11 @@ class GenerationMixin:
             assistant=_read_assistant(given.assistant, source.vocab_size, arguments, prompts),
             negative=negative,
         )
+        _check_filler(call)
+        return call
 
     def _custom(
-        self, function: Callable[..., Any], call: Call, given: _Given, arguments: Arguments, own: dict[str, Any]
+        self, function: Callable[..., Any], call: Call, given: Given, arguments: Arguments, own: dict[str, Any]
     ) -> Any:
         """Hand a prepared call to the caller's own function."""
         criteria = build_criteria(call.config, custom=given.stopping_criteria, tokenizer=arguments.tokenizer)
@@ -254,24 +255,13 @@ class GenerationMixin:
         raise TypeError(f"GenerationMixin goes in front of a torch.nn.Module, which {type(self).__name__} is not")
 
 
-@dataclass(slots=True)
-class _Given:
-    """The arguments of a call that are objects of the caller's."""
-
-    logits_processor: Items[Any] | None
-    stopping_criteria: Items[Any] | None
-    prefix_allowed_tokens_fn: PrefixFn | None
-    assistant: Any
-    streamer: Any
-    negative_ids: Tensor | None
-    negative_mask: Tensor | None
-
-
 def _guidance(
-    config: GenerationConfig, source: Source, prompts: Prompts, copies: int, given: _Given
+    config: GenerationConfig, source: Source, prompts: Prompts, copies: int, given: Given
 ) -> tuple[ProcessorLike | None, tuple[Tensor, Tensor] | None]:
     """What guides the scores, and the negative prompts that rows are added for, when guidance is asked for."""
     if not is_guided(config):
+        if given.negative_ids is not None or given.negative_mask is not None:
+            warn_once("negative_prompt_ids and negative_prompt_attention_mask have no effect without guidance_scale")
         return None, None
     scale = float(config.guidance_scale or 1.0)
     ids, mask = read_negative(given.negative_ids, given.negative_mask, prompts, copies)
@@ -282,6 +272,17 @@ def _guidance(
         scale, source.module, None if own else ids, None if own else mask, config.use_cache
     )
     return processor, None
+
+
+def _check_filler(call: Call) -> None:
+    """Raise `ValueError` where rows that ended would have to be fed a token that the model does not have."""
+    ends = call.limits.eos or call.limits.criteria
+    fed = call.every_row and call.backend.abilities.traces and len(call.prompts.tokens) > 1 and ends
+    if fed and not 0 <= call.filler < call.backend.vocab and int(call.config.num_beams or 1) == 1:
+        raise ValueError(
+            f"pad_token_id={call.filler} is none of the model's {call.backend.vocab} tokens, and rows that ended go on "
+            "with it while others are recorded or processed; set it to one of them"
+        )
 
 
 _INPUTS = {

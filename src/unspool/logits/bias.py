@@ -106,9 +106,9 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
         if not isinstance(bad_words_ids, list) or not bad_words_ids:
             raise ValueError(f"`bad_words_ids` has to be a non-empty list, but is {bad_words_ids!r}.")
         for word in bad_words_ids:
-            if not isinstance(word, list) or not _are_tokens(word):
+            if not isinstance(word, list) or not word or not _are_tokens(word):
                 raise ValueError(
-                    f"`bad_words_ids` has to be a list of lists of non-negative integers, but holds {word!r}."
+                    f"`bad_words_ids` has to be a list of non-empty lists of non-negative integers, but holds {word!r}."
                 )
         self.bad_word_ids = bad_words_ids
         kept = [] if eos_token_id is None else token_tensor("eos_token_id", eos_token_id).tolist()

@@ -101,7 +101,8 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         eos_token_id: int | Iterable[int] | Tensor,
         input_ids_seq_length: int,
     ) -> None:
-        if len(exponential_decay_length_penalty) != 2:
+        pair = exponential_decay_length_penalty
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(
                 "`exponential_decay_length_penalty` has to be a pair (start, factor), but is "
                 f"{exponential_decay_length_penalty!r}."

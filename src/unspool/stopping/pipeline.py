@@ -54,6 +54,11 @@ def build_criteria(
         criteria.append(EosTokenCriteria(eos_token_id))
     threshold = config.assistant_confidence_threshold
     if config.is_assistant and threshold is not None and threshold > 0:
+        if not (config.output_scores and config.return_dict_in_generate):
+            raise ValueError(
+                f"is_assistant=True ends rows at tokens below assistant_confidence_threshold={threshold}, which needs "
+                "output_scores=True and return_dict_in_generate=True; set these, or leave it out"
+            )
         criteria.append(ConfidenceCriteria(threshold))
     return _merge(criteria, custom or ())
 
