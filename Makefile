@@ -42,6 +42,7 @@ typecheck: $(VENV)/.installed-dev  ## mypy, strict
 bench: $(VENV)/.installed-dev  ## speed and memory beside transformers, on this machine
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/modes.py
+	$(BIN)/python benchmarks/engines.py
 
 train: $(VENV)/.installed-dev  ## train the built-in model anew
 	$(BIN)/python training/train.py --out src/unspool/assets
