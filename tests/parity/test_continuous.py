@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ PROMPTS = [
     [5, 9, 11, 3, 8, 2, 7, 44, 51, 60, 23, 90, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20],
     [23, 31, 31, 9, 60] * 7 + [8, 8],
 ]
+TOP = 2
 NEVER = {"eos_token_id": None, "pad_token_id": 0}
 
 
@@ -61,6 +62,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "looked up and drawn": {"do_sample": True, "seed": 8, "prompt_lookup_num_tokens": 3, "num_return_sequences": 2},
     "early exit": {"do_sample": False, "assistant_early_exit": 1, "repetition_penalty": 1.2},
     "assisted": {"do_sample": False, "assistant_model": "itself", "eos_token_id": [8, 44]},
+    "guided": {"do_sample": False, "guidance_scale": 2.5, "negative_prompt_ids": [[7, 9, 30]]},
+    "guided by a long text": {"do_sample": True, "seed": 9, "guidance_scale": 1.8, "negative_prompt_ids": [PROMPTS[2]]},
+    "guided by its end": {"do_sample": True, "seed": 9, "guidance_scale": 0.5, "num_return_sequences": 2},
+    "guided beams": {"do_sample": False, "num_beams": 3, "guidance_scale": 1.7, "repetition_penalty": 1.2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4, "eos_token_id": [8, 44, 60, 92]},
+    "contrastive and penalised": {"penalty_alpha": 0.4, "top_k": 3, "no_repeat_ngram_size": 2},
+    "contrastive and guided": {"penalty_alpha": 0.5, "top_k": 2, "guidance_scale": 1.5, "negative_prompt_ids": [[5]]},
+    "layers": {"do_sample": False, "dola_layers": "high", "repetition_penalty": 1.2},
+    "layers, drawn": {"do_sample": True, "seed": 10, "dola_layers": "low", "repetition_penalty": 1.2, "top_p": 0.9},
+    "layers, guided": {"dola_layers": [0, 1], "repetition_penalty": 1.2, "guidance_scale": 2.0},
+    "watermark": {"do_sample": True, "seed": 11, "watermarking_config": {"bias": 4.0, "seeding_scheme": "selfhash"}},
+    "prompt told": {"do_sample": False, "prompt_logprobs": 3},
+    "prompt told to beams": {"do_sample": False, "num_beams": 2, "prompt_logprobs": 0},
     "own processor": {"do_sample": False, "logits_processor": [Shift()]},
     "own criterion": {"do_sample": False, "stopping_criteria": [EndsAt()]},
     "allowed tokens": {"do_sample": False, "prefix_allowed_tokens_fn": lambda row, ids: [int(ids[-1]) % 90 + 1, 7, 9]},
@@ -82,17 +96,40 @@ def of(name: str) -> dict[str, Any]:
     return settings | ({"assistant_model": _models["llama"]} if "assistant_model" in settings else {})
 
 
+class Expected(NamedTuple):
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[list[float]]
+
+
 @cache
-def expected(prompt: int, name: str) -> list[list[int]]:
+def expected(prompt: int, name: str) -> list[Expected]:
     """What `generate()` makes of the prompt alone; the filler behind an end is left out."""
     settings = of(name)
-    rows = _models["llama"].generate(torch.tensor([PROMPTS[prompt]]), **settings, return_dict_in_generate=True)
+    settings.pop("prompt_logprobs", None)
+    if "negative_prompt_ids" in settings:
+        settings["negative_prompt_ids"] = torch.tensor(settings["negative_prompt_ids"])
+    settings |= {"return_dict_in_generate": True, "output_top_logprobs": TOP}
+    rows = _models["llama"].generate(torch.tensor([PROMPTS[prompt]]), **settings)
     ends = settings["eos_token_id"] or []
     made = []
-    for row, reason in zip(rows.sequences[:, len(PROMPTS[prompt]) :].tolist(), rows.finish_reasons, strict=True):
+    for i, (row, reason) in enumerate(
+        zip(rows.sequences[:, len(PROMPTS[prompt]) :].tolist(), rows.finish_reasons, strict=True)
+    ):
         end = next((i for i, t in enumerate(row) if t in ([ends] if isinstance(ends, int) else ends)), len(row) - 1)
-        made.append(row[: end + 1] if reason == "stop" and name != "own criterion" else row)
+        end = end if reason == "stop" and name != "own criterion" else len(row) - 1
+        values = rows.top_logprobs.values[i, : end + 1].tolist()
+        made.append(Expected(row[: end + 1], rows.token_logprobs[i, : end + 1].tolist(), values))
     return made
+
+
+@cache
+def told(prompt: int) -> list[float]:
+    """What the model says of each token of the prompt but the first."""
+    ids = torch.tensor([PROMPTS[prompt]])
+    logprobs = _models["llama"](ids).logits[0].log_softmax(dim=-1)
+    found: list[float] = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+    return found
 
 
 requests = st.lists(
@@ -105,7 +142,7 @@ requests = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(
     arrivals=requests,
-    budget=st.sampled_from([4, 9, 33, 1024]),
+    budget=st.sampled_from([6, 9, 33, 1024]),
     blocks=st.sampled_from([16, 20, 200]),
     sharing=st.booleans(),
     scheduler=st.sampled_from(["fifo", "prefill_first"]),
@@ -135,7 +172,7 @@ def test_any_mixture_however_it_arrives(
     )
     names = []
     for prompt, name, steps in arrivals:
-        names.append(manager.add_request(PROMPTS[prompt], **of(name)))
+        names.append(manager.add_request(PROMPTS[prompt], top_logprobs=TOP, **of(name)))
         for _ in range(steps):
             manager.step()
     while manager.step():
@@ -145,7 +182,14 @@ def test_any_mixture_however_it_arrives(
         children = [f"{request}__child#{i}" for i in range(len(wanted) - 1)]
         got = [manager.get_result(one) for one in [request, *children]]
         assert [one.error for one in got] == [None] * len(wanted)
-        assert [one.generated_tokens for one in got] == wanted, name
+        assert [one.generated_tokens for one in got] == [one.tokens for one in wanted], name
+        for output, one in zip(got, wanted, strict=True):
+            assert output.logprobs == pytest.approx(one.logprobs, abs=2e-4), name
+            for best, values in zip(output.top_logprobs, one.top, strict=True):
+                assert list(best.values()) == pytest.approx(values, abs=2e-4), name
+            if "prompt_logprobs" in SETTINGS[name]:
+                assert output.prompt_logprobs[0] is None
+                assert output.prompt_logprobs[1:] == pytest.approx(told(prompt), abs=2e-4)
     assert manager.metrics.running == manager.metrics.waiting == 0
     check_all_given_back(manager._engine.room)
 

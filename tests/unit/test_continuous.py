@@ -614,9 +614,44 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "one output",
     ),
-    "mode": ([5], {"penalty_alpha": 0.6, "top_k": 4}, unspool.Unsupported, "contrastive_search"),
+    "candidates beyond the step": ([5], {"penalty_alpha": 0.6, "top_k": 200}, ValueError, "max_batch_tokens=100"),
+    "candidates beyond the cache": ([5] * 30, {"penalty_alpha": 0.6, "top_k": 11}, ValueError, "cache holds 320"),
+    "layers that are not there": ([5], {"dola_layers": [5]}, ValueError, "dola_layers"),
+    "guided drafts": ([5], {"guidance_scale": 2.0, "prompt_lookup_num_tokens": 2}, unspool.Unsupported, "drafts"),
+    "guided by nothing": ([5], {"guidance_scale": 2.0, "negative_prompt_ids": []}, ValueError, "negative_prompt_ids"),
+    "guided by strangers": (
+        [5],
+        {"guidance_scale": 2.0, "negative_prompt_ids": [10**6]},
+        ValueError,
+        "negative_prompt_ids",
+    ),
+    "guided by what is masked": (
+        [5],
+        {"guidance_scale": 2.0, "negative_prompt_ids": [5], "negative_prompt_attention_mask": [0]},
+        ValueError,
+        "negative_prompt_attention_mask",
+    ),
+    "guided by half a mask": (
+        [5],
+        {"guidance_scale": 2.0, "negative_prompt_ids": [5], "negative_prompt_attention_mask": [1, 1]},
+        ValueError,
+        "negative_prompt_attention_mask",
+    ),
+    "guided beyond the cache": (
+        [5],
+        {"guidance_scale": 2.0, "negative_prompt_ids": [5] * 310},
+        ValueError,
+        "cache holds 320",
+    ),
+    "a negative prompt for nothing": ([5], {"negative_prompt_ids": [5]}, ValueError, "guidance_scale"),
+    "healing without a tokenizer": ([5, 6], {"token_healing": True}, ValueError, "tokenizer"),
+    "log-probabilities of prompts": ([5], {"prompt_logprobs": -1}, ValueError, "prompt_logprobs"),
+    "attention weights": ([5], {"output_attentions": True}, unspool.Unsupported, "output_attentions"),
+    "hidden states": ([5], {"output_hidden_states": True}, unspool.Unsupported, "output_hidden_states"),
+    "drafts by layers of no model": ([5], {"use_mtp": True}, unspool.Unsupported, "use_mtp"),
+    "a store of its own": ([5], {"cache_implementation": "quantized"}, unspool.Unsupported, "cache_implementation"),
+    "a tokenizer for no assistant": ([5], {"assistant_tokenizer": object()}, ValueError, "assistant_model"),
     "beams beyond the cache": ([5] * 30, {"num_beams": 8, "max_new_tokens": 60}, ValueError, "num_beams"),
-    "beams with log-probabilities": ([5], {"num_beams": 2, "top_logprobs": 1}, unspool.Unsupported, "top_logprobs"),
     "assistant": ([5], {"assistant_model": 5}, TypeError, "assistant_model"),
     "all layers": ([5], {"assistant_early_exit": 2}, ValueError, "assistant_early_exit"),
 }
@@ -625,7 +660,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))
 def test_a_mistake_is_answered_at_once_and_alone(mistake: str, model: Any, expected: list[list[int]]) -> None:
     prompt, arguments, kind, text = MISTAKES[mistake]
-    manager = make(model, num_blocks=20)
+    manager = make(model, num_blocks=20, max_batch_tokens=100)
     with pytest.raises(kind, match=text):
         manager.add_request(prompt, **arguments)
     assert manager.add_requests([]) == []
@@ -738,15 +773,29 @@ def test_streaming_beams(model: Any) -> None:
     assert listener.heard == [[PROMPTS[0]], *([token] for token in wanted), "end"]
 
 
-@pytest.mark.parametrize("kind", ["beams", "drafts"])
-@pytest.mark.parametrize("fault", ["processor at once", "processor later", "criterion", "streamer at a token"])
+KINDS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 2, "num_return_sequences": 2},
+    "drafts": {"prompt_lookup_num_tokens": 3},
+    "guided": {"guidance_scale": 2.0, "negative_prompt_ids": [7, 7, 9]},
+    "guided beams": {"guidance_scale": 2.0, "num_beams": 2, "num_return_sequences": 2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 3},
+    "guided and contrastive": {"penalty_alpha": 0.6, "top_k": 3, "guidance_scale": 2.0},
+    "contrasted layers": {"dola_layers": "low", "repetition_penalty": 1.2},
+    "prompt told": {"prompt_logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "fault", ["processor at once", "processor later", "criterion", "streamer at a token", "not a number"]
+)
 def test_a_fault_in_another_mode_ends_its_request_alone(
     kind: str, fault: str, model: Any, expected: list[list[int]]
 ) -> None:
-    mode = {"num_beams": 2, "num_return_sequences": 2} if kind == "beams" else {"prompt_lookup_num_tokens": 3}
+    mode = dict(KINDS[kind])
     faulty = FAULTS[fault] | ({"streamer": Listener(3)} if "streamer" in fault else {})
-    if kind == "beams" and "streamer" in fault:
-        mode["num_return_sequences"] = 1
+    if "streamer" in fault:
+        mode.pop("num_return_sequences", None)
     manager = make(model)
     names = [manager.add_request(PROMPTS[0]), manager.add_request(PROMPTS[0], **mode, **faulty)]
     names += [manager.add_request(prompt) for prompt in PROMPTS[1:]]
@@ -755,7 +804,11 @@ def test_a_fault_in_another_mode_ends_its_request_alone(
     outputs = [manager.get_result(name) for name in names]
     broken = outputs.pop(1)
     assert [one.generated_tokens for one in outputs] == expected
-    assert broken.finish_reason == "error" and "broken on purpose" in broken.error
+    assert broken.finish_reason == "error"
+    if fault == "not a number":
+        assert isinstance(broken.exception, NonFiniteLogits)
+    else:
+        assert "broken on purpose" in broken.error
     if mode.get("num_return_sequences") == 2:
         assert manager.get_result(f"{names[1]}__child#0").exception is broken.exception
     assert manager.get_result(fine).finish_reason == "length"

@@ -1,77 +1,50 @@
-"""Beam search and beam sampling of one request: a group of its own, whose rows are decided together."""
+"""Beam search and beam sampling of one request: rows that are decided together, and outputs that come of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-import torch
-
-from unspool.continuous.requests import RequestState, Wishes
-from unspool.decode.choose.beam_rules import beam_chooser, beam_filler
-from unspool.decode.choose.sample import SeededNoise
-from unspool.decode.runner import Decoder
+from unspool.continuous.apart import Apart
+from unspool.decode.choose.beam_rules import Beams, beam_chooser, beam_filler
 from unspool.decode.sequence import Choice, Group, Sequence
-from unspool.errors import NonFiniteLogits
+from unspool.decode.tops import Tops
 
-__all__ = ["BeamRows"]
+__all__ = ["set_up_beams"]
 
 
-class BeamRows:
-    """Home and sink of one request's beams; see `requests.Home` and `decode.sequence.Sink`.
+class BeamSink:
+    """Takes the beams' tokens; see `decode.sequence.Sink`.
 
-    Args:
-        model: for its device and vocabulary.
-        prompt: the request's.
-        wishes: what it asks for.
-        find_fault: names the first layer whose output is not finite for a row, for the error message.
+    Attributes:
+        tops: what log-probabilities are told of, or `None`.
     """
 
-    def __init__(
-        self, model: Decoder, prompt: list[int], wishes: Wishes, find_fault: Callable[[Sequence], str]
-    ) -> None:
-        config, device = wishes.config, model.device
-        beams = int(config.num_beams or 1)
-        tokens = [list(prompt) for _ in range(beams)]
-        self._chooser = beam_chooser(
-            config,
-            wishes.limits,
-            torch.tensor(tokens, device=device),
-            tokens,
-            processors=wishes.processors,
-            noise=SeededNoise(wishes.seed, beams, device) if config.do_sample else None,
-            filler=beam_filler(config, sorted(wishes.limits.eos)),
-            vocab=model.spec.vocab_size,
-        )
-        self._most = wishes.limits.max_columns - len(prompt)
-        self._find_fault = find_fault
-        rows = [Sequence(i, row, adapter=wishes.adapter) for i, row in enumerate(tokens)]
-        self.group = Group(rows, self._chooser, self)
-        self.states: list[RequestState] = []
-        """The request, and its other outputs, best first; each with the rows or without any."""
-
-    def enter(self, state: RequestState) -> None:
-        """See `Home`."""
-
-    def leave(self, state: RequestState) -> None:
-        """See `Home`."""
+    def __init__(self, apart: Apart, chooser: Beams) -> None:
+        wishes = apart.wishes
+        self._apart = apart
+        self._chooser = chooser
+        self._most = wishes.limits.max_columns - len(wishes.prompt)
+        self._tops = None if wishes.top_logprobs is None else Tops(wishes.top_logprobs, chooser.rules.beams)
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """See `Sink`."""
         assert choice.ended is not None
-        main = self.states[0]
+        main = self._apart.states[0]
         for row, token, ended in zip(rows, tokens, choice.ended.tolist(), strict=True):
             if token < 0:
-                text = f"no token can be chosen at position {len(row.tokens)}; {self._find_fault(row)}"
-                main.end("error", error=NonFiniteLogits(text, request_id=main.request_id))
+                self._apart.fail(row)
                 return
             row.tokens.append(token)
             if ended:
                 row.finish = "stop"
+        if self._tops is not None:
+            assert choice.scores is not None and choice.candidates is not None
+            self._tops.add_candidates([row.row for row in rows], choice.scores, choice.candidates)
         over = rows[0].finish is not None
         assert main.made is not None
         news = self._chooser.agreed(0, len(main.made), over)
-        main.made += news
+        self._tell(news)
+        main.made += [token for token, _ in news]
         now = time.perf_counter()
         if main.first_token is None:
             main.first_token = now
@@ -80,15 +53,29 @@ class BeamRows:
         if over:
             self._finish()
 
+    def _tell(self, news: list[tuple[int, int]], place: int = 0) -> None:
+        """Note the log-probabilities of an output's next tokens, each with the row that it was chosen for."""
+        if self._tops is None:
+            return
+        state = self._apart.states[place]
+        for token, origin in news:
+            value, best = self._tops.at(len(state.logprobs), origin, token)
+            state.logprobs.append(value)
+            state.top_logprobs.append(best)
+
     def _finish(self) -> None:
         """Give the best outputs to the request, one each."""
-        best = self._chooser.best(len(self.states))
+        states = self._apart.states
+        best = self._chooser.best(len(states))
         scores: list[float] = best.scores[0].tolist()
-        lengths: list[int] = (best.origins[0] >= 0).sum(dim=-1).tolist()
-        outputs: list[list[int]] = best.tokens[0].tolist()
-        for state, output, length, score in zip(self.states, outputs, lengths, scores, strict=True):
+        every: list[list[int]] = best.tokens[0].tolist()
+        origins: list[list[int]] = best.origins[0].tolist()
+        for place, (state, output, rows, score) in enumerate(zip(states, every, origins, scores, strict=True)):
+            length = sum(row >= 0 for row in rows)
             made = output[:length]
             state.made, state.score = made, score
+            state.logprobs, state.top_logprobs = [], []
+            self._tell(list(zip(made, rows, strict=False)), place)
             last = made[-1] if made else None
             if last in state.wishes.limits.eos:
                 state.end("stop", stop=last)
@@ -96,3 +83,22 @@ class BeamRows:
                 state.end("length")
             else:
                 state.end("stop", stop="criterion")
+
+
+def set_up_beams(apart: Apart) -> Group:
+    """`num_beams` rows."""
+    wishes, config = apart.wishes, apart.wishes.config
+    beams = int(config.num_beams or 1)
+    rows = apart.rows(beams)
+    chooser = beam_chooser(
+        config,
+        wishes.limits,
+        apart.prompt.expand(beams, -1),
+        [row.tokens for row in rows],
+        processors=wishes.processors,
+        noise=apart.noise(beams),
+        filler=beam_filler(config, sorted(wishes.limits.eos)),
+        vocab=apart.model.spec.vocab_size,
+        keep_scores=wishes.top_logprobs is not None,
+    )
+    return Group(rows, chooser, BeamSink(apart, chooser))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence as Items
 from contextlib import AbstractContextManager
@@ -15,15 +14,14 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from unspool.config import ContinuousBatchingConfig, GenerationConfig, GenerationMode
+from unspool.config import ContinuousBatchingConfig, GenerationConfig
 from unspool.config.ranges import Check, check_number
-from unspool.continuous.beams import BeamRows
-from unspool.continuous.drafted import DraftedRow
 from unspool.continuous.engine import Engine
 from unspool.continuous.metrics import Metrics
+from unspool.continuous.modes import BEAMS, rows_in_step, set_apart, stands_apart, stored_at_worst
 from unspool.continuous.outbox import Outbox
 from unspool.continuous.plain import PlainRows
-from unspool.continuous.reading import BEAMS, Arguments, Reader, merged_config
+from unspool.continuous.reading import Arguments, Reader, merged_config
 from unspool.continuous.requests import GenerationOutput, RequestState, RequestStatus, Usage, Wishes
 from unspool.continuous.room import Room
 from unspool.continuous.scheduler import scheduler_class
@@ -93,9 +91,7 @@ class ContinuousBatchingManager:
         self._decoder = served
         self._reader = Reader(served, self.generation_config, seed=config.seed, return_logprobs=config.return_logprobs)
         self._outbox = Outbox()
-        self._numbers = count()
         self._ids = count()
-        self._lock = threading.Lock()
         self._engine = _make_engine(served, config, self._outbox, wanted)
         self._engine.remembers = manual_eviction
         self._worker = Worker(
@@ -233,6 +229,10 @@ class ContinuousBatchingManager:
         adapter_name: str | None = None,
         return_logprobs: bool | None = None,
         top_logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        assistant_tokenizer: Any = None,
         **kwargs: Any,
     ) -> str:
         """Queue a prompt. With `num_return_sequences=n` there are n outputs, the others under `id__child#0` and so on.
@@ -247,14 +247,22 @@ class ContinuousBatchingManager:
             logits_processor, stopping_criteria, prefix_allowed_tokens_fn: of your own, as in `generate()`. They see
                 this request alone, as one row; when one raises, this request fails.
             streamer: gets the prompt, each token, and the end, in the generating thread.
-            tokenizer: for `stop_strings`; the manager's if not given.
+            tokenizer: for `stop_strings`, grammars, `token_healing` and drafts of another tokenizer; the manager's if
+                not given.
             priority: higher goes first, with a scheduler that looks at it.
             deadline: seconds from now after which it ends with what it has.
-            assistant_model: a smaller native model that drafts tokens, as in `generate()`.
+            assistant_model: a smaller native model that drafts tokens, as in `generate()`; one with another tokenizer
+                takes `tokenizer` and `assistant_tokenizer` too.
             cache_salt: only requests with an equal one share stored prefixes with it; name a tenant here.
             adapter_name: a loaded adapter's name, or `"__base__"` for none; the model's active one if not given.
             return_logprobs: give the log-probability of each token.
-            top_logprobs: give those of so many likeliest tokens too.
+            top_logprobs: give those of so many likeliest tokens too; by default `output_top_logprobs` of the settings.
+            prompt_logprobs: give the log-probability of each token of the prompt, and of so many likeliest in its place
+                (0 for none). The prompt is then computed anew, also where it is stored.
+            negative_prompt_ids: what `guidance_scale` steers away from, with `negative_prompt_attention_mask`; by
+                default the prompt's last token.
+
+        With `token_healing`, the prompt is computed once more here, in the calling thread.
 
         Returns:
             The request's id.
@@ -282,15 +290,16 @@ class ContinuousBatchingManager:
             adapter_name=adapter_name,
             return_logprobs=return_logprobs,
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            assistant_tokenizer=assistant_tokenizer,
         )
         settings = kwargs if max_new_tokens is None else {"max_new_tokens": max_new_tokens, **kwargs}
-        with self._lock:  # numbers and seeds in the order of arrival
-            number = next(self._numbers)
-            prompt = self._reader.prompt(input_ids)
-            every = self._reader.wishes(prompt, number, arguments, settings)
-            name = f"req_{next(self._ids)}" if request_id is None else request_id
-        self._check_fits(len(prompt), every[0])
-        self._submit(self._states(name, number, prompt, every))
+        number, every = self._reader.read(input_ids, arguments, settings)
+        self._check_fits(every[0])
+        name = f"req_{next(self._ids)}" if request_id is None else request_id
+        self._submit(self._states(name, number, every))
         return name
 
     def add_requests(
@@ -392,42 +401,49 @@ class ContinuousBatchingManager:
         with self._worker.pause():
             self._engine.evict(request_id)
 
-    def _states(self, name: str, number: int, prompt: list[int], every: list[Wishes]) -> list[RequestState]:
+    def _states(self, name: str, number: int, every: list[Wishes]) -> list[RequestState]:
         """A request's outputs: rows of their own, or one set of beams that several outputs come of."""
-        first = every[0]
-        model, fault = self._decoder, partial(find_fault, self._decoder)
-        if first.mode in BEAMS:
-            beams = BeamRows(model, prompt, first, fault)
-            outputs = int(first.config.num_return_sequences or 1)
-            beams.states = [
-                RequestState(_child(name, i), number, prompt, first, beams, beams.group.rows, made=[])
-                for i in range(outputs)
-            ]
-            beams.states[0].children = beams.states[1:]
-            return beams.states[:1]
-        states = []
+        fault = partial(find_fault, self._decoder)
+        states: list[RequestState] = []
         for i, wishes in enumerate(every):
-            home: PlainRows | DraftedRow = self._engine.plain
-            rows = [Sequence(0, list(prompt), adapter=wishes.adapter)]
-            if wishes.mode is GenerationMode.ASSISTED_GENERATION:
-                home = DraftedRow(model, wishes.assistant, prompt, wishes, fault)
-                rows = home.group.rows
-            states.append(RequestState(_child(name, i), number, prompt, wishes, home, rows))
-            if isinstance(home, DraftedRow):
-                home.states = states[-1:]
+            if not stands_apart(wishes):
+                rows = [Sequence(0, list(wishes.prompt), adapter=wishes.adapter)]
+                states.append(RequestState(_child(name, i), number, wishes.prompt, wishes, self._engine.plain, rows))
+                continue
+            home = set_apart(self._decoder, wishes, fault)
+            outputs = int(wishes.config.num_return_sequences or 1) if wishes.mode in BEAMS else 1
+            home.states = [
+                RequestState(
+                    _child(name, i + output),
+                    number,
+                    wishes.prompt,
+                    wishes,
+                    home,
+                    home.group.rows,
+                    made=None if home.one_text else [],
+                    leaders=home.leaders,
+                    prompt_told=home.prompt_told,
+                    seen=0 if wishes.sees_prompt else None,
+                )
+                for output in range(outputs)
+            ]
+            home.states[0].children = home.states[1:]
+            states.append(home.states[0])
         return states
 
-    def _check_fits(self, prompt: int, wishes: Wishes) -> None:
+    def _check_fits(self, wishes: Wishes) -> None:
         engine = self._engine
-        rows = int(wishes.config.num_beams or 1) if wishes.mode in BEAMS else 1
-        most = wishes.limits.max_columns
+        rows = rows_in_step(wishes)
         if rows > engine.token_budget:
-            raise ValueError(f"num_beams={rows} is more than max_batch_tokens={engine.token_budget}, tokens of a step")
-        # at worst beams share no more than the prompt, and computed again not even that
-        if not engine.room.holds(most, rows, prompt if engine.room.sharing else 0):
-            grown = f"{most} in each of {rows} beams" if rows > 1 else f"{most}"
             raise ValueError(
-                f"input_ids has {prompt} tokens and the request may grow to {grown}, but the cache holds "
+                f"the request decides {rows} rows together, more than max_batch_tokens={engine.token_budget}, tokens "
+                "of a step; lower num_beams (or top_k of contrastive search), or raise it"
+            )
+        if not engine.room.holds(*stored_at_worst(wishes, engine.room.store.block_size, sharing=engine.room.sharing)):
+            most = wishes.limits.max_columns
+            grown = f"{most} in each of {rows} rows" if rows > 1 else f"{most}"
+            raise ValueError(
+                f"input_ids has {len(wishes.prompt)} tokens and the request may grow to {grown}, but the cache holds "
                 f"{engine.room.capacity}; "
                 "lower max_new_tokens (or num_beams), or raise num_blocks or max_memory_percent"
             )

@@ -18,6 +18,7 @@ from unspool.continuous.history import History
 from unspool.continuous.requests import RequestState, Wishes
 from unspool.decode.choose.sample import key
 from unspool.decode.sequence import Choice, Group, Sequence
+from unspool.decode.tops import told_logprobs
 from unspool.errors import NonFiniteLogits, RequestFailed
 from unspool.logits import run_column
 
@@ -245,14 +246,4 @@ def log_probabilities(wishes: Items[Wishes], scores: Tensor, tokens: Tensor) -> 
         scores: `[rows, vocab]`, processed.
         tokens: `[rows]`, chosen.
     """
-    logprobs = scores.log_softmax(dim=-1)
-    chosen: list[float] = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-    most = min(max(one.top_logprobs or 0 for one in wishes), logprobs.shape[1])
-    if not most:
-        return [(value, {}) for value in chosen]
-    values, ids = logprobs.topk(most)
-    told: list[tuple[float, dict[int, float]]] = []
-    for one, value, best, names in zip(wishes, chosen, values.tolist(), ids.tolist(), strict=True):
-        count = one.top_logprobs or 0
-        told.append((value, dict(zip(names[:count], best[:count], strict=True))))
-    return told
+    return told_logprobs(scores, tokens, [one.top_logprobs or 0 for one in wishes])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence as Items
 from copy import copy
 from dataclasses import dataclass
+from itertools import count
 from time import monotonic
 from typing import Any
 
@@ -13,31 +15,26 @@ from torch import Tensor
 
 from unspool.config import GenerationConfig, GenerationMode, Resolved, effective_lengths, resolve
 from unspool.config.fields import FIELDS
+from unspool.config.lengths import end_tokens
 from unspool.config.mode import mode_of
 from unspool.config.ranges import Check, check_number
 from unspool.config.resolve import as_generation_config
 from unspool.config.unknown import no_use_for
+from unspool.continuous.modes import BEAMS
 from unspool.continuous.requests import Wishes
 from unspool.decode.choose.sample import key
-from unspool.decode.runner import Decoder
+from unspool.decode.draft.vocabularies import read_tokenizers
+from unspool.decode.healing import heal_tokens
+from unspool.decode.runner import Decoder, logits_alone
 from unspool.errors import Unsupported
-from unspool.logits import as_columns, build_processors
+from unspool.logits import as_columns, build_processors, is_guided
+from unspool.logits.guidance import GuidanceLogitsProcessor
 from unspool.models.base import Model
 from unspool.stopping import build_limits
 
-__all__ = ["BEAMS", "Arguments", "Reader", "merged_config"]
+__all__ = ["Arguments", "Reader", "merged_config"]
 
 _MOST_SAMPLES = 1024
-
-BEAMS = frozenset(
-    (
-        GenerationMode.BEAM_SEARCH,
-        GenerationMode.BEAM_SAMPLE,
-        GenerationMode.GROUP_BEAM_SEARCH,
-        GenerationMode.CONSTRAINED_BEAM_SEARCH,
-    )
-)
-_MODES = BEAMS | {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
 
 
 @dataclass(slots=True)
@@ -59,6 +56,10 @@ class Arguments:
     assistant_model: Any = None
     return_logprobs: bool | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
+    assistant_tokenizer: Any = None
 
 
 class Reader:
@@ -77,47 +78,46 @@ class Reader:
         self._base = base
         self._seed = seed
         self._return_logprobs = return_logprobs
+        self._numbers = count()
+        self._lock = threading.Lock()
 
-    def prompt(self, input_ids: Any) -> list[int]:
-        """A prompt as a list of ids.
-
-        Raises:
-            TypeError: it is no list or tensor of integers.
-            ValueError: it is empty, has several rows, or an id is outside the vocabulary.
-        """
-        ids = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+    def _tokens(self, name: str, value: Any) -> list[int]:
+        """One row of token ids, checked, as a list."""
+        ids = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(ids, list | tuple) and len(ids) == 1 and isinstance(ids[0], list):
             ids = ids[0]
         if not isinstance(ids, list | tuple):
-            raise TypeError(f"input_ids must be a list of token ids, not {type(input_ids).__name__}; encode the text")
+            raise TypeError(f"{name} must be a list of token ids, not {type(value).__name__}; encode the text")
         if not ids:
-            raise ValueError("input_ids is empty; a request needs at least one token to continue")
+            raise ValueError(f"{name} is empty; a request needs at least one token to continue")
         if wrong := next((one for one in ids if not isinstance(one, int) or isinstance(one, bool)), None):
             several = "; add one request for each row" if isinstance(wrong, list) else ""
-            raise TypeError(f"input_ids must hold integer token ids, not {wrong!r}{several}")
-        prompt = list(ids)
-        self._model.spec.check_tokens("input_ids", prompt)
-        return prompt
+            raise TypeError(f"{name} must hold integer token ids, not {wrong!r}{several}")
+        tokens = list(ids)
+        self._model.spec.check_tokens(name, tokens)
+        return tokens
 
-    def wishes(self, prompt: list[int], number: int, arguments: Arguments, settings: Mapping[str, Any]) -> list[Wishes]:
-        """What a request asks for, once for each of its `num_return_sequences` outputs.
+    def read(self, input_ids: Any, arguments: Arguments, settings: Mapping[str, Any]) -> tuple[int, list[Wishes]]:
+        """A request's place in the order of arrival, and what it asks for, once for each of its outputs.
+
+        Beams are one set of rows, whatever the number of their outputs.
 
         Args:
-            prompt: its tokens.
-            number: place in the order of arrival.
+            input_ids: its prompt.
             settings: fields of `GenerationConfig`, which override those of `arguments.generation_config`.
 
         Raises:
-            ValueError, TypeError: a setting that cannot be right.
-            Unsupported: a mode this version does not have here.
+            ValueError, TypeError: something that cannot be right.
+            Unsupported: settings that make no sense here.
         """
+        prompt = self._tokens("input_ids", input_ids)
         resolved = resolve(settings, arguments.generation_config, self._base)
         if resolved.unused:
             raise ValueError(no_use_for("the request", resolved.unused))
         _check_arguments(arguments)
         config = resolved.config
         mode = mode_of(config, assisted=arguments.assistant_model is not None)
-        self._check_mode(mode, config, arguments)
+        refuse_settings(config, mode, self._model.device)
         self._set_lengths(resolved, len(prompt))
         samples = 1 if mode in BEAMS else int(config.num_return_sequences or 1)
         check_number("num_return_sequences", samples, Check(int, 1, _MOST_SAMPLES))
@@ -125,33 +125,72 @@ class Reader:
             raise ValueError(
                 f"streamer follows one output and there are {config.num_return_sequences}; read them with streaming"
             )
-        seed = self._seed_of(config, number)
-        end = None if arguments.deadline is None else monotonic() + arguments.deadline
-        return [self._one(prompt, config, mode, arguments, seed, sample, end) for sample in range(samples)]
+        read = _Read(
+            config,
+            mode,
+            self._healed(prompt, config, arguments),
+            self._negative(prompt, config, arguments),
+            self._tokenizers(mode, arguments),
+            None if arguments.deadline is None else monotonic() + arguments.deadline,
+        )
+        with self._lock:  # numbers and seeds in the order of arrival
+            number = next(self._numbers)
+            seed = self._seed_of(config, number)
+        return number, [self._one(read, arguments, seed, sample) for sample in range(samples)]
 
-    def _check_mode(self, mode: GenerationMode, config: GenerationConfig, arguments: Arguments) -> None:
-        if mode not in _MODES or config.guidance_scale not in (None, 1) or config.token_healing:
-            asked = mode.value if mode not in _MODES else "token_healing" if config.token_healing else "guidance_scale"
-            raise Unsupported(f"{asked} is not supported in continuous batching in this version; use generate()")
-        if mode in BEAMS and arguments.top_logprobs is not None:
-            raise Unsupported(f"top_logprobs are not kept in {mode.value}; leave them out")
-        if arguments.assistant_model is not None:
-            check_assistant(arguments.assistant_model, self._model)
+    def _healed(self, prompt: list[int], config: GenerationConfig, arguments: Arguments) -> list[int]:
+        """The prompt, with its last token healed where that is asked for."""
+        if not config.token_healing:
+            return prompt
+        (adapter,) = self._model.adapters.choose(_names(arguments), 1)
 
-    def _one(
-        self,
-        prompt: list[int],
-        config: GenerationConfig,
-        mode: GenerationMode,
-        arguments: Arguments,
-        seed: int,
-        sample: int,
-        deadline: float | None,
-    ) -> Wishes:
+        def next_logits(rows: list[list[int]]) -> Tensor:
+            return torch.cat([logits_alone(self._model, row, adapter) for row in rows])
+
+        (healed,) = heal_tokens(next_logits, [prompt], arguments.tokenizer)
+        return healed
+
+    def _negative(self, prompt: list[int], config: GenerationConfig, arguments: Arguments) -> list[int] | None:
+        """The negative prompt's tokens, where there is guidance."""
+        if not is_guided(config):
+            if arguments.negative_prompt_ids is not None:
+                raise ValueError("negative_prompt_ids are for guidance, which is off; set guidance_scale too")
+            return None
+        if arguments.negative_prompt_ids is None:
+            return prompt[-1:]
+        tokens = self._tokens("negative_prompt_ids", arguments.negative_prompt_ids)
+        if arguments.negative_prompt_attention_mask is None:
+            return tokens
+        mask = torch.as_tensor(arguments.negative_prompt_attention_mask).flatten().tolist()
+        if len(mask) != len(tokens):
+            raise ValueError(
+                f"negative_prompt_attention_mask has {len(mask)} entries and negative_prompt_ids {len(tokens)}; they "
+                "must be alike"
+            )
+        return [token for token, kept in zip(tokens, mask, strict=True) if kept]
+
+    def _tokenizers(self, mode: GenerationMode, arguments: Arguments) -> tuple[Any, Any] | None:
+        """The two tokenizers of a request whose draft model has another one than the model."""
+        assistant, other = arguments.assistant_model, arguments.assistant_tokenizer
+        if assistant is None:
+            if other is not None:
+                raise ValueError("assistant_tokenizer belongs to an assistant_model, which is missing; pass both")
+            return None
+        if not isinstance(assistant, Model):
+            raise TypeError(
+                f"assistant_model must be a native model (see unspool.load), not {type(assistant).__name__}"
+            )
+        if mode is not GenerationMode.ASSISTED_GENERATION:
+            return None
+        ours, theirs = self._model.spec.vocab_size, assistant.spec.vocab_size
+        found: tuple[Any, Any] | None = read_tokenizers(arguments.tokenizer, other, ours, theirs)
+        return found
+
+    def _one(self, read: _Read, arguments: Arguments, seed: int, sample: int) -> Wishes:
         """Each output has processors and criteria of its own, since some remember what they saw."""
-        model = self._model
-        eos = config.eos_token_id
-        ends = [] if eos is None else [int(one) for one in eos] if isinstance(eos, list | tuple) else [int(eos)]
+        model, config, prompt = self._model, read.config, read.prompt
+        ends = end_tokens(config)
+        scale = float(config.guidance_scale or 1.0)
         processors = build_processors(
             config,
             prompt_length=len(prompt),
@@ -162,6 +201,7 @@ class Reader:
             encoder_input_ids=torch.tensor([prompt], device=model.device),
             tokenizer=arguments.tokenizer,
             vocab_size=model.spec.vocab_size,
+            guidance=None if read.negative is None else GuidanceLogitsProcessor(scale),
         )
         limits = build_limits(
             config,
@@ -170,13 +210,16 @@ class Reader:
             custom=arguments.stopping_criteria,
             tokenizer=arguments.tokenizer,
         )
-        names = None if arguments.adapter_name is None else [arguments.adapter_name]
-        (adapter,) = model.adapters.choose(names, 1)
+        (adapter,) = model.adapters.choose(_names(arguments), 1)
         told = self._return_logprobs if arguments.return_logprobs is None else arguments.return_logprobs
+        top = config.output_top_logprobs if arguments.top_logprobs is None else arguments.top_logprobs
         return Wishes(
+            prompt=prompt,
             config=config,
-            mode=mode,
+            mode=read.mode,
             assistant=arguments.assistant_model,
+            tokenizers=read.tokenizers,
+            negative=read.negative,
             limits=limits,
             processors=processors,
             columns=as_columns(processors),
@@ -185,11 +228,12 @@ class Reader:
             key=(arguments.cache_salt, adapter),
             adapter=adapter,
             priority=arguments.priority,
-            deadline=deadline,
+            deadline=read.deadline,
             streaming=arguments.streaming,
             record_timestamps=arguments.record_timestamps,
             streamer=arguments.streamer,
-            top_logprobs=arguments.top_logprobs if arguments.top_logprobs is not None else 0 if told else None,
+            top_logprobs=top if top is not None else 0 if told else None,
+            prompt_logprobs=arguments.prompt_logprobs,
         )
 
     def _set_lengths(self, resolved: Resolved, columns: int) -> None:
@@ -212,23 +256,51 @@ class Reader:
         return int(torch.randint(2**62, (1,)))
 
 
-def check_assistant(assistant: Any, model: Decoder) -> None:
-    """Raise TypeError or ValueError unless `assistant` can draft for `model`."""
-    if not isinstance(assistant, Model):
-        raise TypeError(f"assistant_model must be a native model (see unspool.load), not {type(assistant).__name__}")
-    if assistant.spec.vocab_size != model.spec.vocab_size:
-        raise ValueError(
-            f"assistant_model has a vocabulary of {assistant.spec.vocab_size} and the model one of "
-            f"{model.spec.vocab_size}; they must share a tokenizer"
+@dataclass(slots=True)
+class _Read:
+    """What the outputs of a request have in common; see `Wishes`."""
+
+    config: GenerationConfig
+    mode: GenerationMode
+    prompt: list[int]
+    negative: list[int] | None
+    tokenizers: tuple[Any, Any] | None
+    deadline: float | None
+
+
+def refuse_settings(config: GenerationConfig, mode: GenerationMode, device: torch.device) -> None:
+    """Raise `Unsupported` for settings that make no sense where requests share a step and a store."""
+    for name, why in _ALONE.items():
+        if getattr(config, name):
+            raise Unsupported(f"{name} is for generate() alone: {why}")
+    if config.use_mtp:
+        raise Unsupported("use_mtp drafts with layers that native models do not have; leave it out")
+    kind = config.cache_implementation
+    if kind == "quantized" or (kind in ("offloaded", "offloaded_static") and device.type != "cpu"):
+        raise Unsupported(
+            f"cache_implementation={kind!r} cannot be one request's own: all requests share one store; leave it out"
         )
+
+
+_ALONE = {
+    "output_attentions": "kernels that give attention weights would change how every request beside it is computed",
+    "output_hidden_states": "what is found stored of a prompt has none; leave it out, or call generate()",
+    "output_scores": "whole distributions of every token are too much to keep; top_logprobs gives the likeliest",
+    "output_logits": "whole distributions of every token are too much to keep; top_logprobs gives the likeliest",
+}
+
+
+def _names(arguments: Arguments) -> list[str] | None:
+    return None if arguments.adapter_name is None else [arguments.adapter_name]
 
 
 def _check_arguments(arguments: Arguments) -> None:
     check_number("priority", arguments.priority, Check(int))
     if arguments.deadline is not None:
         check_number("deadline", arguments.deadline, Check(float, 0, open_low=True))
-    if arguments.top_logprobs is not None:
-        check_number("top_logprobs", arguments.top_logprobs, Check(int, 0, 1000))
+    for name in ("top_logprobs", "prompt_logprobs"):
+        if (number := getattr(arguments, name)) is not None:
+            check_number(name, number, Check(int, 0, 1000))
     try:
         hash(arguments.cache_salt)
     except TypeError:

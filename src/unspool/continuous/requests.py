@@ -98,6 +98,9 @@ class GenerationOutput:
         stop: what stopped it: the end token's id, the stop string, or the name of the criterion.
         exception: the error itself.
         top_logprobs: per token, the most likely ids and their log-probabilities, where asked for.
+        prompt_logprobs: what the model gave each token of the prompt, as far as it is computed, where asked for; the
+            first has no log-probability, which is `None`.
+        prompt_top_logprobs: the most likely ids at each place of the prompt, likewise.
         score: a beam's score.
         usage: what it took.
         timings: how long it took.
@@ -116,6 +119,8 @@ class GenerationOutput:
     stop: int | str | None = None
     exception: BaseException | None = None
     top_logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
     score: float | None = None
     usage: Usage = field(default_factory=Usage)
     timings: Timings = field(default_factory=Timings)
@@ -144,9 +149,12 @@ class Wishes:
     """What a request asks for, settled and checked; see `ContinuousBatchingManager.add_request`.
 
     Attributes:
+        prompt: its tokens, the last of them healed where that was asked for.
         config: resolved settings.
         mode: what strategy they mean.
         assistant: the draft model, or `None`.
+        tokenizers: the model's and the draft model's, where these differ.
+        negative: tokens of the negative prompt, when guidance is asked for.
         limits: when its rows end.
         processors: logits processors in order.
         columns: the same as steps that rows of several requests share, or `None` where some cannot.
@@ -156,11 +164,15 @@ class Wishes:
         adapter: what its tokens go through beside the model's weights, or `None`.
         deadline: `time.monotonic()` at which it ends, or `None`.
         top_logprobs: how many log-probabilities to give beside the chosen one's; `None` for no log-probabilities.
+        prompt_logprobs: the same for the prompt's own tokens.
     """
 
+    prompt: list[int]
     config: GenerationConfig
     mode: GenerationMode
     assistant: Any
+    tokenizers: tuple[Any, Any] | None
+    negative: list[int] | None
     limits: Limits
     processors: LogitsProcessorList
     columns: tuple[Column, ...] | None
@@ -174,6 +186,12 @@ class Wishes:
     record_timestamps: bool = False
     streamer: Any = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def sees_prompt(self) -> bool:
+        """Whether the whole prompt must be computed before somebody's eyes."""
+        return self.prompt_logprobs is not None or self.mode is GenerationMode.CONTRASTIVE_SEARCH
 
     @property
     def reads_ids(self) -> bool:
@@ -222,13 +240,21 @@ class RequestState:
     accepted: int = 0
     children: list[RequestState] = field(default_factory=list)
     """Further outputs that come of the same rows, and end with it."""
-    started_over: bool = False
+    started_over: set[Sequence] = field(default_factory=set)
+    """Rows that were computed anew at the length at which their keys no longer fit. Owner: the scheduler."""
     nodes: list[Node] = field(default_factory=list)
     """What is kept of it in the prefix index since it ended."""
     made: list[int] | None = None
     """The output, where it is not the first row's."""
     counted: int = 0
     """Output tokens that are counted already, where they are not one a step. Owner: `newly_made`."""
+    leaders: list[int] = field(default_factory=list)
+    """For each row the number of the first with the same prompt, which computes it; by default the first of all."""
+    prompt_told: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    """Log-probabilities of the prompt's tokens after its first, and of the likeliest in their places."""
+    seen: int | None = None
+    """Tokens that were computed before the eyes of a watch that must see the whole prompt; `None` where there is none.
+    Only so many may be taken from what is stored. Owner: the scheduler."""
     reach: int = 0
     """Tokens that the row's blocks have room for. Owner: the scheduler."""
     boundary: int = 0
@@ -245,6 +271,7 @@ class RequestState:
         self.eos, self.most = wishes.limits.eos, wishes.limits.max_columns
         self.attentive = wishes.reads_ids or wishes.record_timestamps
         plain = len(self.rows) == 1 and group.drafter is None
+        self.leaders = self.leaders or [0] * len(self.rows)
         self.next_token = [Work(self.rows[0], 1, 1, group)] if plain else []
 
     @property
@@ -305,6 +332,8 @@ class RequestState:
             stop=self.stop,
             exception=self.error,
             top_logprobs=list(self.top_logprobs) if wishes.top_logprobs else None,
+            prompt_logprobs=None if wishes.prompt_logprobs is None else [None, *(one for one, _ in self.prompt_told)],
+            prompt_top_logprobs=[None, *(best for _, best in self.prompt_told)] if wishes.prompt_logprobs else None,
             score=self.score,
             usage=Usage(
                 len(self.prompt_ids), len(tokens), self.cached_tokens, self.preemptions, self.drafted, self.accepted

@@ -77,14 +77,22 @@ class Room:
             for group, pool in zip(self.store.groups, self.store.blocks, strict=True)
         )
 
-    def holds(self, tokens: int, rows: int = 1, shared: int = 0) -> bool:
-        """Whether `rows` rows of `tokens` tokens, the first `shared` in common, fit when nothing else is there."""
-        every = self.store.blocks_for(tokens)
-        whole = every + (rows - 1) * (every - shared // self.store.block_size)
+    def holds(self, *parts: tuple[int, int, int]) -> bool:
+        """Whether rows fit when nothing else is there.
+
+        Args:
+            parts: `(tokens, rows, shared)`: so many rows of so many tokens, the first `shared` of them in common.
+        """
         return all(
-            pool.count >= (whole if group.window is None else min(whole, rows * self._window_blocks(group.window)))
+            pool.count >= sum(self._blocks(group.window, *part) for part in parts)
             for group, pool in zip(self.store.groups, self.store.blocks, strict=True)
         )
+
+    def _blocks(self, window: int | None, tokens: int, rows: int, shared: int) -> int:
+        """Blocks that rows need in layers with that window."""
+        every = self.store.blocks_for(tokens)
+        whole = every + (rows - 1) * (every - shared // self.store.block_size)
+        return whole if window is None else min(whole, rows * self._window_blocks(window))
 
     @property
     def share_available(self) -> float:
@@ -128,15 +136,16 @@ class Room:
         """Blocks that a row needs in layers with a window: what the next token sees, and two that are begun."""
         return self.store.blocks_for(window) + 2
 
-    def admit(self, row: Sequence, key: Hashable) -> bool:
+    def admit(self, row: Sequence, key: Hashable, most: int | None = None) -> bool:
         """Give a row without blocks those that hold its beginning already; `False` when it should wait for some.
 
-        At least one token is left to compute, since its logits are wanted.
+        At least one token is left to compute, since its logits are wanted; and all after the first `most`.
         """
         assert not row.blocks, "the row holds blocks"
         if not self.sharing:
             return True
         size, last = self.store.block_size, len(row.tokens) - 1
+        last = last if most is None else min(last, most)
         root = self.index.root(key)
         found = self.index.find(root, row.tokens, last)
         nodes = [root, *found]

@@ -156,7 +156,7 @@ class Scheduler(ABC):
                 continue
             if waits:
                 row = state.rows[0]
-                if not self.cache.is_aside(row) and not self.cache.admit(row, state.wishes.key):
+                if not self.cache.is_aside(row) and not self.cache.admit(row, state.wishes.key, state.seen):
                     continue  # its beginning is just being computed
                 if self._lacks_room(state) and not any(_runs(other) for other in order[place + 1 : last]):
                     self.cache.release(row)
@@ -207,6 +207,8 @@ class Scheduler(ABC):
     def _stop(self, state: RequestState, *, forget: bool) -> None:
         """Take a running request's blocks and its place."""
         state.work, state.reach, state.boundary = [], 0, 0
+        if state.seen is not None:
+            state.seen = max(state.seen, state.rows[0].computed)
         state.nodes = [node for row in state.rows for node in self.cache.release(row)]
         if forget:
             self.cache.index.forget(state.nodes)
@@ -241,13 +243,8 @@ class Scheduler(ABC):
 
     def _plan_row(self, state: RequestState, row: Sequence, budget: int) -> bool:
         """The next token or a chunk of the prompt."""
+        self._start_over(state, row)
         feed = row.known - row.computed
-        limit = self._recompute_past
-        if limit is not None and row.known > limit and not state.started_over:
-            state.started_over = True
-            if row.computed:
-                self.cache.store.truncate(row, 0)
-            feed = row.known
         keep = 1
         group = state.home.group
         if group.drafter is not None and feed == 1:
@@ -266,10 +263,18 @@ class Scheduler(ABC):
             return False
         if keep:
             state.status = RequestStatus.DECODING
-            if state.next_token and limit is None:
+            if state.next_token and self._recompute_past is None:
                 state.reach = len(row.blocks[0]) * self.cache.store.block_size
         state.work = [Work(row, feed, keep, group)]
         return True
+
+    def _start_over(self, state: RequestState, row: Sequence) -> None:
+        """Let a row be computed anew, once, where its stored keys no longer fit; see `ModelSpec.recompute_past`."""
+        limit = self._recompute_past
+        if limit is not None and row.known > limit and row not in state.started_over:
+            state.started_over.add(row)
+            if row.computed:
+                self.cache.store.truncate(row, 0)
 
     def _draft(self, state: RequestState, drafter: Drafter, row: Sequence, budget: int) -> bool:
         """Guess tokens of a row; `False` when that failed, and with it the request."""
@@ -288,20 +293,22 @@ class Scheduler(ABC):
     def _plan_rows(self, state: RequestState, budget: int) -> bool:
         """Rows that are decided together: each is brought up to its last token alone, then all are fed that at once.
 
-        While they have only their prompt, the first row computes it and the others then share its blocks.
+        While they have only their prompts, the first row of each prompt computes it and the others then share its
+        blocks.
         """
         live = [row for row in state.rows if row.finish is None]
         group = state.home.group
         work: list[Work] = []
         first = live[0]
-        alike = all(len(row.tokens) == len(state.prompt_ids) for row in live)
+        alike = len(first.tokens) == len(state.prompt_ids)
         every = True
-        for row in live[:1] if alike else live:
+        for row in [state.rows[place] for place in dict.fromkeys(state.leaders)] if alike else live:
             if row is not first and not row.blocks:
                 if not self.cache.admit(row, state.wishes.key):
                     every = False
                     break  # a row before it is computing what they share
                 self.cache.count(row)
+            self._start_over(state, row)
             behind = min(row.known - row.computed - 1, budget)
             if behind > 0:
                 behind = self.cache.chunk(row, behind)
@@ -312,8 +319,9 @@ class Scheduler(ABC):
         if work or not every or budget < len(live):
             state.work = work
             return True
-        if alike and first.computed and len(live) > 1 and not live[1].blocks:
-            self.cache.store.reparent(live, [0] * len(live))
+        if alike and any(not row.blocks and live[lead].computed for row, lead in zip(live, state.leaders, strict=True)):
+            self.cache.store.reparent(live, state.leaders)
+            state.started_over.update(live if state.started_over else ())
         for row in live:
             self.cache.freeze(row)
             if not self.cache.extend(row, 1):

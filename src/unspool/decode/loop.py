@@ -92,7 +92,9 @@ class Loop:
         for _, part in groupby(work, key=lambda item: id(item.group)):
             items = list(part)
             kept, fed = sum(item.keep for item in items), sum(item.feed for item in items)
-            mine = _part(output, place, place + kept, token, token + fed, first, first + len(items))
+            mine = output
+            if len(items) < len(work):
+                mine = _part(output, place, place + kept, token, token + fed, first, first + len(items))
             place, token, first = place + kept, token + fed, first + len(items)
             try:
                 flight = self._choose(items, mine)
@@ -184,8 +186,6 @@ class Loop:
 
 def _part(output: Output, place: int, end: int, token: int, last: int, first: int, behind: int) -> Output:
     """One group's share of a step."""
-    if place == token == first == 0 and end == output.logits.shape[0]:
-        return output
     return Output(
         output.logits[place:end],
         [layer[first:behind] for layer in output.weights],

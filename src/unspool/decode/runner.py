@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unspool.attention.registry import reads_any_order
-from unspool.cache.paged import PagedStore
+from unspool.attention.registry import paged_attention, reads_any_order
+from unspool.cache.paged import BLOCK_SIZE, PagedStore
 from unspool.decode.batch import build_batch
 from unspool.decode.sequence import Sequence, Want, Work
-from unspool.models.adapters import Adapters, Mixer
+from unspool.models.adapters import Adapter, Adapters, Mixer
 from unspool.models.base import Batch, ModelSpec, Trace
 
 
@@ -158,3 +158,25 @@ class PagedRunner:
                 self.store.release(row)
         else:
             self.store.compact(live, ended)
+
+
+@torch.no_grad()
+def logits_alone(
+    model: Decoder, tokens: list[int], adapter: Adapter | None, trace: list[Tensor] | None = None
+) -> Tensor:
+    """Logits `[1, vocab]` of what follows a text, computed by itself and not kept; `trace` as in `Batch`."""
+    count, device = len(tokens), model.device
+    ids = torch.tensor(tokens, device=device)
+    store = PagedStore(model.spec.groups, -(-count // BLOCK_SIZE), dtype=model.dtype, device=device)
+    row = Sequence(0, tokens)
+    store.reserve(row, count)
+    batch = Batch(
+        tokens=ids,
+        positions=torch.arange(count, device=device),
+        attend=paged_attention(store, [row], [count]),
+        keep=torch.tensor([count - 1], device=device),
+        extents=torch.full_like(ids, count) if model.spec.needs_extents else None,
+        trace=trace,
+        adapters=Mixer().select([adapter], [count], device),
+    )
+    return model.step(batch)

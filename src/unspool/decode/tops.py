@@ -55,6 +55,12 @@ class Tops:
         keys = ((rows[key // vocab], key % vocab) for key in candidates.tolist())
         self._looked_at.append(dict(zip(keys, values, strict=True)))
 
+    def at(self, step: int, row: int, token: int) -> tuple[float, dict[int, float]]:
+        """Of a `token` that a beam took after so many steps, chosen for `row`, and of the likeliest tokens there."""
+        values, ids = self._steps[row][step]
+        known = self._looked_at[step].get((row, token), float("nan"))
+        return known, dict(zip(ids.tolist(), values.tolist(), strict=True))
+
     def _add(self, rows: Items[int], scores: Tensor) -> Tensor:
         logprobs = scores.float().log_softmax(dim=-1)
         values, ids = logprobs.topk(min(self._number, scores.shape[1]))
@@ -87,3 +93,23 @@ class Tops:
             torch.stack([torch.stack([value for value, _ in row]) for row in filled]),
             torch.stack([torch.stack([ids for _, ids in row]) for row in filled]),
         )
+
+
+def told_logprobs(scores: Tensor, tokens: Tensor, numbers: Items[int]) -> list[tuple[float, dict[int, float]]]:
+    """Log probabilities of each position's token, and of its so many likeliest ones by their ids.
+
+    Args:
+        scores: `[positions, vocab]`.
+        tokens: `[positions]`.
+        numbers: for each position.
+    """
+    logprobs = scores.log_softmax(dim=-1)
+    chosen: list[float] = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    most = min(max(numbers), logprobs.shape[1])
+    if not most:
+        return [(value, {}) for value in chosen]
+    values, ids = logprobs.topk(most)
+    told: list[tuple[float, dict[int, float]]] = []
+    for value, best, names, number in zip(chosen, values.tolist(), ids.tolist(), numbers, strict=True):
+        told.append((value, dict(zip(names[:number], best[:number], strict=True))))
+    return told

@@ -95,7 +95,8 @@ class BeamRecorder:
         for place, row in enumerate(rows[:: self.chooser.rules.beams]):
             prompt = self.chooser.places[place]
             self._ended[prompt] = row.finish is not None
-            news[prompt] = self.chooser.agreed(place, self._sent[prompt], self._ended[prompt])
+            agreed = self.chooser.agreed(place, self._sent[prompt], self._ended[prompt])
+            news[prompt] = [token for token, _ in agreed]
             self._sent[prompt] += len(news[prompt])
         stream.news(news, self._ended, self.chooser.rules.filler)
 

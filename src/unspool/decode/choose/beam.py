@@ -210,9 +210,10 @@ class BeamChooser:
             joined.done[:, :number],
         )
 
-    def agreed(self, place: int, begin: int, ended: bool) -> list[int]:
+    def agreed(self, place: int, begin: int, ended: bool) -> list[tuple[int, int]]:
         """Tokens from step `begin` on that are certain for prompt number `place` of those in `places`.
 
+        Each with the number of the row it was chosen for.
         That is what all outputs begin with that may still become its best: those that run and those that finished.
         When it has `ended`, that is the best one.
         """
@@ -225,8 +226,8 @@ class BeamChooser:
             tokens = torch.cat([self.running.tokens[place, :, begin:], tokens[done]])
             origins = torch.cat([self.running.origins[place, :, begin:], origins[done]])
         same = ((tokens == tokens[:1]) & (origins >= 0)).all(dim=0)
-        certain: list[int] = tokens[0, : int(same.int().cumprod(0).sum())].tolist()
-        return certain
+        certain = int(same.int().cumprod(0).sum())
+        return list(zip(tokens[0, :certain].tolist(), origins[0, :certain].tolist(), strict=True))
 
     def _settle(self, live: list[int]) -> None:
         """Put away the results of prompts that are not among `live`."""

@@ -200,25 +200,26 @@ class GroupBeamChooser:
             torch.ones(shape[:2], dtype=torch.bool, device=device),
         )
 
-    def agreed(self, place: int, begin: int, ended: bool) -> list[int]:
+    def agreed(self, place: int, begin: int, ended: bool) -> list[tuple[int, int]]:
         """Tokens from step `begin` on that are certain for prompt number `place` of those in `places`.
 
+        Each with the number of the row it was chosen for.
         That is what all outputs begin with that may still become its best: those that run and those that finished.
         When it has `ended`, that is the best one.
         """
         prompt = self.places[place]
         contests = self._contests[prompt]
         if ended or all(contest.over for contest in contests):
-            return [link.token for link in self._ranked(prompt)[0].unwound(begin)]
+            return [(link.token, link.origin) for link in self._ranked(prompt)[0].unwound(begin)]
         possible = [output.unwound(begin) for contest in contests for output in contest.outputs]
         for beam, head in enumerate(self._heads[prompt]):
             if not contests[beam // self._size].over:
                 possible.append(_unwind(head, self._steps - begin))
-        certain: list[int] = []
+        certain: list[tuple[int, int]] = []
         for links in zip(*possible, strict=False):
             if any(link.token != links[0].token for link in links):
                 break
-            certain.append(links[0].token)
+            certain.append((links[0].token, links[0].origin))
         return certain
 
     def _looked_at(self, candidates: Tensor, parents: Tensor, tokens: Tensor, vocab: int) -> Tensor:

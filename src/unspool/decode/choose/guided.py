@@ -75,6 +75,8 @@ class _FirstHalf:
         half = [item.seq.row < len(item.group.rows) // 2 for item in work]
         fed = torch.tensor([keep for keep, item in zip(half, work, strict=True) for _ in range(item.feed)])
         kept = [item for keep, item in zip(half, work, strict=True) if keep]
+        if not kept:
+            return
         self._watch(
             kept,
             [[part for keep, part in zip(half, layer, strict=True) if keep] for layer in weights],
