@@ -185,7 +185,7 @@ def test_a_beginning_is_found_as_far_as_windows_reach_back() -> None:
 def test_a_model_of_windows_alone_keeps_what_the_next_token_sees() -> None:
     store = PagedStore(GROUPS[1:], 5, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
     room = Room(store, sharing=True)
-    assert room.capacity > 10**9 and room.holds(10**6)
+    assert room.capacity > 10**9 and room.holds((10**6, 1, 0))
     row = Sequence(0, list(range(100)))
     assert room.admit(row, None)
     while row.computed < 100:

@@ -319,9 +319,8 @@ class Scheduler(ABC):
         if work or not every or budget < len(live):
             state.work = work
             return True
-        if alike and any(not row.blocks and live[lead].computed for row, lead in zip(live, state.leaders, strict=True)):
-            self.cache.store.reparent(live, state.leaders)
-            state.started_over.update(live if state.started_over else ())
+        if alike:
+            self._share_prompts(state)
         for row in live:
             self.cache.freeze(row)
             if not self.cache.extend(row, 1):
@@ -330,6 +329,13 @@ class Scheduler(ABC):
         state.status = RequestStatus.DECODING
         state.work = work
         return True
+
+    def _share_prompts(self, state: RequestState) -> None:
+        """Give rows without blocks what the first row with their prompt has stored of it."""
+        parents = [lead if state.rows[lead].computed else place for place, lead in enumerate(state.leaders)]
+        if any(parent != place and not state.rows[place].blocks for place, parent in enumerate(parents)):
+            self.cache.store.reparent(state.rows, parents)
+            state.started_over.update(state.rows if state.started_over else ())
 
 
 class FIFOScheduler(Scheduler):
