@@ -66,6 +66,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "guided by a long text": {"do_sample": True, "seed": 9, "guidance_scale": 1.8, "negative_prompt_ids": [PROMPTS[2]]},
     "guided by its end": {"do_sample": True, "seed": 9, "guidance_scale": 0.5, "num_return_sequences": 2},
     "guided beams": {"do_sample": False, "num_beams": 3, "guidance_scale": 1.7, "repetition_penalty": 1.2},
+    "guided and looked up": {"do_sample": False, "guidance_scale": 1.6, "prompt_lookup_num_tokens": 4},
+    "guided and drafted": {"do_sample": True, "seed": 12, "guidance_scale": 1.6, "assistant_early_exit": 1},
     "contrastive": {"penalty_alpha": 0.6, "top_k": 4, "eos_token_id": [8, 44, 60, 92]},
     "contrastive and penalised": {"penalty_alpha": 0.4, "top_k": 3, "no_repeat_ngram_size": 2},
     "contrastive and guided": {"penalty_alpha": 0.5, "top_k": 2, "guidance_scale": 1.5, "negative_prompt_ids": [[5]]},

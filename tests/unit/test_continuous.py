@@ -617,7 +617,6 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "candidates beyond the step": ([5], {"penalty_alpha": 0.6, "top_k": 200}, ValueError, "max_batch_tokens=100"),
     "candidates beyond the cache": ([5] * 30, {"penalty_alpha": 0.6, "top_k": 11}, ValueError, "cache holds 320"),
     "layers that are not there": ([5], {"dola_layers": [5]}, ValueError, "dola_layers"),
-    "guided drafts": ([5], {"guidance_scale": 2.0, "prompt_lookup_num_tokens": 2}, unspool.Unsupported, "drafts"),
     "guided by nothing": ([5], {"guidance_scale": 2.0, "negative_prompt_ids": []}, ValueError, "negative_prompt_ids"),
     "guided by strangers": (
         [5],
@@ -778,6 +777,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "drafts": {"prompt_lookup_num_tokens": 3},
     "guided": {"guidance_scale": 2.0, "negative_prompt_ids": [7, 7, 9]},
     "guided beams": {"guidance_scale": 2.0, "num_beams": 2, "num_return_sequences": 2},
+    "guided drafts": {"guidance_scale": 2.0, "prompt_lookup_num_tokens": 3},
     "contrastive": {"penalty_alpha": 0.6, "top_k": 3},
     "guided and contrastive": {"penalty_alpha": 0.6, "top_k": 3, "guidance_scale": 2.0},
     "contrasted layers": {"dola_layers": "low", "repetition_penalty": 1.2},

@@ -14,6 +14,7 @@ from unspool.decode.choose.sample import SeededNoise
 from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Group, Sequence
 from unspool.errors import NonFiniteLogits, Unsupported
+from unspool.logits.guidance import GuidanceLogitsProcessor
 from unspool.models.base import Model
 
 __all__ = ["Apart"]
@@ -30,6 +31,7 @@ class Apart:
         group: its rows, how they are decided and where the tokens go. Owner: `modes.set_apart`.
         states: the request, and its other outputs that come of the same rows. Owner: the manager.
         prompt_told: see `RequestState`.
+        guidance: among the processors, or `None`.
     """
 
     model: Decoder
@@ -38,6 +40,12 @@ class Apart:
     group: Group = field(init=False)
     states: list[RequestState] = field(default_factory=list)
     prompt_told: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+
+    guidance: GuidanceLogitsProcessor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = (one for one in self.wishes.processors if isinstance(one, GuidanceLogitsProcessor))
+        self.guidance = next(found, None)
 
     @property
     def leaders(self) -> list[int]:

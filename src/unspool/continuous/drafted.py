@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
-from unspool.config import GenerationConfig, GenerationMode
+from unspool.config import GenerationConfig
 from unspool.continuous.apart import Apart
 from unspool.decode.choose.sample import SeededNoise
 from unspool.decode.draft.assistant import DraftModel, model_drafter
@@ -20,14 +20,12 @@ __all__ = ["drafter_of"]
 
 def drafter_of(
     apart: Apart, rows: list[Sequence], room: Callable[[Sequence], int], noise: SeededNoise | None
-) -> Drafter | None:
-    """In the precedence of `generate()`: the first layers, the text so far, the assistant; `None` for other modes.
+) -> Drafter:
+    """In the precedence of `generate()`: the first layers, the text so far, the assistant.
 
     With greedy decoding and with a seed the text is the one of plain decoding.
     """
     wishes, config = apart.wishes, apart.wishes.config
-    if wishes.mode is not GenerationMode.ASSISTED_GENERATION:
-        return None
     if config.assistant_early_exit is None and config.prompt_lookup_num_tokens is not None:
         tokens, ngram = int(config.prompt_lookup_num_tokens), int(config.max_matching_ngram_size or 2)
         return Lookup(tokens, ngram, lambda row: room(row) - 1, wishes.limits.eos)

@@ -13,7 +13,6 @@ from unspool.continuous.texts import set_up_contrastive, set_up_dola, set_up_tex
 from unspool.decode.choose.guided import guided_group
 from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Group, Sequence
-from unspool.logits.guidance import GuidanceLogitsProcessor
 
 __all__ = ["BEAMS", "rows_in_step", "set_apart", "stands_apart", "stored_at_worst"]
 
@@ -81,9 +80,14 @@ def set_apart(model: Decoder, wishes: Wishes, find_fault: Callable[[Sequence], s
     if wishes.prompt_logprobs is not None:
         group.watch = PromptLogprobs(apart, group.watch)
     if wishes.negative is not None:
-        guidance = next(one for one in wishes.processors if isinstance(one, GuidanceLogitsProcessor))
-        steps = wishes.limits.max_columns - len(wishes.prompt)
-        prompts = [wishes.negative] * len(group.rows)
-        group = guided_group(group, guidance, prompts, steps=steps, positions=apart.positions)
+        assert apart.guidance is not None
+        group = guided_group(
+            group,
+            apart.guidance,
+            [wishes.negative] * len(group.rows),
+            steps=wishes.limits.max_columns - len(wishes.prompt),
+            positions=apart.positions,
+            recompute_past=model.spec.recompute_past,
+        )
     apart.group = group
     return apart

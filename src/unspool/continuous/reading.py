@@ -273,8 +273,12 @@ def refuse_settings(config: GenerationConfig, mode: GenerationMode, device: torc
     for name, why in _ALONE.items():
         if getattr(config, name):
             raise Unsupported(f"{name} is for generate() alone: {why}")
-    if config.use_mtp:
-        raise Unsupported("use_mtp drafts with layers that native models do not have; leave it out")
+    for name in ("use_mtp", "speculation_type"):
+        if mode is GenerationMode.ASSISTED_GENERATION and getattr(config, name):
+            raise Unsupported(
+                f"{name}={getattr(config, name)!r}: drafts here come from an assistant_model, prompt_lookup_num_tokens "
+                "or assistant_early_exit; leave it out, or use one of these"
+            )
     kind = config.cache_implementation
     if kind == "quantized" or (kind in ("offloaded", "offloaded_static") and device.type != "cpu"):
         raise Unsupported(

@@ -248,7 +248,7 @@ class Scheduler(ABC):
         keep = 1
         group = state.home.group
         if group.drafter is not None and feed == 1:
-            if not self._draft(state, group.drafter, row, budget):
+            if not self._draft(state, group.drafter, [row], budget):
                 return True
             feed = keep = 1 + len(row.draft)
         if feed > budget:
@@ -276,18 +276,27 @@ class Scheduler(ABC):
             if row.computed:
                 self.cache.store.truncate(row, 0)
 
-    def _draft(self, state: RequestState, drafter: Drafter, row: Sequence, budget: int) -> bool:
-        """Guess tokens of a row; `False` when that failed, and with it the request."""
-        state.work, row.draft = [], []
+    def _draft(self, state: RequestState, drafter: Drafter, rows: list[Sequence], budget: int) -> bool:
+        """Guess tokens of rows; `False` when that failed, and with it the request."""
+        state.work = []
+        for row in rows:
+            row.draft = []
         try:
-            drafter.draft([row])
+            drafter.draft(rows)
         except Exception as error:
             text = f"drafting for it failed: {error!r}"
             state.end("error", error=RequestFailed(text, request_id=state.request_id, cause=error))
             self.failed.append(state)
             return False
-        most = min(budget, self.cache.spare(row)) - 1
-        row.draft = row.draft[: max(0, most)]
+        limit = self._recompute_past
+        for row in rows:
+            most = min(budget // len(rows), self.cache.spare(row)) - 1
+            row.draft = row.draft[: max(0, most)]
+            if limit is not None and row.known <= limit:  # none reaches across the length at which rows start over
+                row.draft = row.draft[: limit - row.known]
+        shortest = min(len(row.draft) for row in rows)  # halves of guidance stay alike
+        for row in rows:
+            row.draft = row.draft[:shortest]
         return True
 
     def _plan_rows(self, state: RequestState, budget: int) -> bool:
@@ -323,11 +332,15 @@ class Scheduler(ABC):
             self._share_prompts(state)
         for row in live:
             self.cache.freeze(row)
-            if not self.cache.extend(row, 1):
+        if group.drafter is not None and not self._draft(state, group.drafter, live, budget):
+            return True
+        if not all(self.cache.extend(row, 1 + len(row.draft)) for row in live):
+            for row in live:  # several rows need more blocks for their drafts than one
+                row.draft = []
+            if not all(self.cache.extend(row, 1) for row in live):
                 return False
-            work.append(Work(row, 1, 1, group))
+        state.work = [Work(row, 1 + len(row.draft), 1 + len(row.draft), group) for row in live]
         state.status = RequestStatus.DECODING
-        state.work = work
         return True
 
     def _share_prompts(self, state: RequestState) -> None:

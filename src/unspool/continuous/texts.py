@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from unspool.config import GenerationMode
 from unspool.continuous.apart import Apart
 from unspool.continuous.drafted import drafter_of
 from unspool.continuous.plain import log_probabilities
@@ -15,6 +16,7 @@ from unspool.decode.choose.ragged import Columns, RaggedChooser
 from unspool.decode.choose.sample import Rectangle
 from unspool.decode.draft.model import ModelDrafter
 from unspool.decode.sequence import Choice, Group, Sequence
+from unspool.logits import LogitsProcessorList
 from unspool.logits.dola import DolaLogitsProcessor
 
 __all__ = ["set_up_contrastive", "set_up_dola", "set_up_text"]
@@ -74,16 +76,19 @@ class TextSink:
 
 def set_up_text(apart: Apart) -> Group:
     """One row, drafted where the settings say so."""
-    wishes, rows = apart.wishes, apart.rows()
+    wishes, rows, drafted = apart.wishes, apart.rows(), apart.wishes.mode is GenerationMode.ASSISTED_GENERATION
+    if drafted:  # guidance takes all positions of a draft at once, and drafts are made without
+        wishes.processors = LogitsProcessorList(one for one in wishes.processors if one is not apart.guidance)
     columns = Columns(apart.prompt, [len(wishes.prompt)])
     sink, noise = TextSink(apart, columns), apart.noise()
-    drafter = drafter_of(apart, rows, sink.room, noise)
+    drafter = drafter_of(apart, rows, sink.room, noise) if drafted else None
     chooser = RaggedChooser(
         columns,
         wishes.processors or None,
         noise,
+        guidance=apart.guidance if drafted else None,
         proposals=drafter.proposals if isinstance(drafter, ModelDrafter) else None,
-        ensemble=wishes.config.assistant_ensemble_weight if drafter is not None else None,
+        ensemble=wishes.config.assistant_ensemble_weight if drafted else None,
         keep_scores=wishes.top_logprobs is not None,
     )
     return Group(rows, chooser, sink, drafter=drafter)
