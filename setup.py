@@ -3,7 +3,10 @@
 In a checkout, `python setup.py build_ext --inplace` builds them anew.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -16,7 +19,18 @@ FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-g0", "-Wex
 
 
 class Build(build_ext):
-    """Names the library after no version of Python: it is plain C to whoever loads it."""
+    """Compiles sources side by side, and names the library after no version of Python: it is plain C to its user."""
+
+    def build_extensions(self) -> None:
+        compile_some = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                parts = pool.map(lambda source: compile_some([source], **options), sources)
+                return [name for part in parts for name in part]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
 
     def get_ext_filename(self, fullname: str) -> str:
         return "/".join(fullname.split(".")) + ".so"

@@ -5,7 +5,6 @@ The compiler checks plain loads and stores and all copies; vector loads and stor
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -13,14 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_builds import SOURCES, package_with
 
-import unspool
 from unspool.kernels import native
 
-PACKAGE = Path(unspool.__file__).parent
 TESTS = Path(__file__).parent
-FLAGS = ["-O1", "-g", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+FLAGS = ["-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 OVERFLOW = """
 import torch
@@ -33,9 +30,9 @@ plan.attend(x, x, x, pool, pool.clone(), 1.0)
 
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif(native.level() == 0, reason=native.describe()),
+    pytest.mark.skipif(not native.active(), reason=native.describe()),
     pytest.mark.skipif(platform.system() != "Linux", reason="loads the sanitizers as Linux does"),
-    pytest.mark.skipif(not (PACKAGE / "kernels" / "native.cpp").exists(), reason="needs the kernels' source"),
+    pytest.mark.skipif(not (SOURCES / "native.cpp").exists(), reason="needs the kernels' source"),
 ]
 
 
@@ -53,31 +50,19 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ]
     if not all(Path(runtime).is_absolute() for runtime in runtimes):
         pytest.skip("g++ has no libasan or libubsan")
-    root = tmp_path_factory.mktemp("sanitized")
-    package = root / "unspool"
-    package.mkdir()
-    for part in PACKAGE.iterdir():
-        if part.name != "kernels":
-            (package / part.name).symlink_to(part)
-    sources = PACKAGE / "kernels"
-    shutil.copytree(sources, package / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    target = package / "kernels" / "_native.so"
-    command = [compiler, *FLAGS, *SANITIZERS, *map(str, sorted(sources.glob("*.cpp"))), "-o", str(target)]
-    subprocess.run(command, check=True, timeout=600)
     return {
-        **os.environ,
+        **package_with(tmp_path_factory.mktemp("sanitized"), compiler, *FLAGS),
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves much behind at its end
-        "PYTHONPATH": os.pathsep.join([str(root), str(TESTS.parent)]),
-        "PYTHONDONTWRITEBYTECODE": "1",
     }
 
 
 def test_the_kernels_touch_only_what_is_theirs(sanitized: dict[str, str]) -> None:
-    chosen = [str(TESTS / f"test_{name}.py") for name in ("kernel_attention", "kernels", "kernels_lowrank")]
-    names = "definition or same_bits_alone_in_company_in_chunks_and or instructions or stored or norm or gate or turn"
+    chosen = [str(TESTS / f"test_kernel{name}.py") for name in ("_attention", "s", "s_lowrank", "_levels")]
+    names = "definition or same_bits_alone_in_company_in_chunks_and or stored or norm or gate or turn or levels"
     names += " or each_row_alone_and_on_any_number_of_threads"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, "-k", names]
+    quick = ["-q", "-x", "-m", "not full", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *quick, *chosen, "-k", names]
     done = subprocess.run(command, env=sanitized, cwd=TESTS.parents[1], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout

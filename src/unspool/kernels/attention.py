@@ -1,4 +1,4 @@
-"""Attention over paged pools on a CPU, by `attention.cpp`.
+"""Attention over paged pools on a CPU, by `attention.h`.
 
 One call a layer stores the new keys and values of a step and answers its queries, whether a row has one query or many.
 
@@ -23,11 +23,9 @@ __all__ = ["Plan", "fits"]
 
 _DTYPES = {torch.bfloat16: 2, torch.float32: 4}
 _MOST_DIM = 256
-# Level of the library at which bf16 numbers are multiplied in pairs: AVX-512 BF16.
-_PAIRED = 2
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 # Strides are declared as pointers too, which is the cheaper conversion; both have 64 bits.
-_ARGUMENTS = (_POINTER,) * 2 + (_INT,) * 5 + (_POINTER,) * 9 + (_FLOAT,) * 2 + (_INT,)
+_ARGUMENTS = (_POINTER,) * 2 + (_INT,) * 4 + (_POINTER,) * 9 + (_FLOAT,) * 2 + (_INT,)
 
 
 def fits(dtype: torch.dtype, device: torch.device, dim: int, block_size: int) -> bool:
@@ -38,7 +36,7 @@ def fits(dtype: torch.dtype, device: torch.device, dim: int, block_size: int) ->
         and dim % 16 == 0
         and 0 < dim <= _MOST_DIM
         and block_size % 16 == 0
-        and native.level() > 0
+        and native.active()
     )
 
 
@@ -133,7 +131,6 @@ class Plan:
             self._address,
             self._tables,
             _DTYPES[dtype],
-            native.level() >= _PAIRED,
             heads,
             kv_heads,
             dim,

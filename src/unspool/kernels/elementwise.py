@@ -1,4 +1,4 @@
-"""What stands between a decoder's products, by `elementwise.cpp`: norms, rotary turns, the feed-forward's gate.
+"""What stands between a decoder's products, by `elementwise.h`: norms, rotary turns, the feed-forward's gate.
 
 Every function computes the same with PyTorch's operations where the kernels are missing or do not fit: when gradients
 are wanted, on other devices, in other dtypes. At one row a call of PyTorch costs as much as its numbers, so these calls
@@ -17,7 +17,7 @@ from unspool.kernels import native
 
 __all__ = ["add_rms_norm", "rms_norm", "silu_gate", "turn"]
 
-_BYTES = {torch.bfloat16: 2, torch.float32: 4} if native.level() else {}
+_BYTES = {torch.bfloat16: 2, torch.float32: 4} if native.active() else {}
 # Counts are declared as pointers too, which is the cheaper conversion; both have 64 bits.
 _WORD, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 if _BYTES:
@@ -44,8 +44,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis of `x` `[..., width]`, accumulated in fp32."""
     size = _bytes(x)
     width = x.shape[-1]
-    if not (size and x.is_contiguous() and weight.dtype == x.dtype and weight.shape == (width,)):
+    if not (size and weight.dtype == x.dtype and weight.shape == (width,) and weight.is_contiguous()):
         return _rms_norm_torch(x, weight, eps)
+    x = x.contiguous()  # PyTorch would round a part of many rows otherwise than of one, which is contiguous
     out = torch.empty_like(x)
     rows = x.numel() // width
     _rms_norm(size, x.data_ptr(), None, weight.data_ptr(), rows, width, eps, out.data_ptr(), torch.get_num_threads())
@@ -63,6 +64,7 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
         and weight.shape == shape[-1:]
         and x.is_contiguous()
         and branch.is_contiguous()
+        and weight.is_contiguous()
     ):
         total = x + branch if torch.is_grad_enabled() else branch.add_(x)
         return total, _rms_norm_torch(total, weight, eps)

@@ -1,4 +1,4 @@
-"""Quantising rows of a weight on a CPU, by `encode.cpp`; one thread a call, so that several can work side by side."""
+"""Quantising rows of a weight on a CPU, by `encode.h`; one thread a call, so that several can work side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["encode", "usable"]
 
 def usable(rows: Tensor) -> bool:
     """Whether `encode` takes these rows here."""
-    return rows.is_cpu and rows.dtype in (torch.bfloat16, torch.float32) and native.level() > 0
+    return rows.is_cpu and rows.dtype in (torch.bfloat16, torch.float32) and native.active()
 
 
 @cache

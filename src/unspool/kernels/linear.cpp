@@ -1,5 +1,5 @@
-// Products with a bf16 weight on processors with AVX-512 BF16: y = x W^T + bias for any number of rows, from one packed
-// copy of the weight. At a few rows they run at the speed of memory, at many at about 95 % of the arithmetic's.
+// How bf16 weights are packed, and products with them on processors with AVX-512 BF16: y = x W^T + bias for any number of
+// rows, from one packed copy of the weight. At a few rows they run at the speed of memory, at many at about 95 % of the arithmetic's.
 //
 // Layout of a packed weight [outputs, inputs]: [blocks][inputs / 2][16 outputs][2 inputs]. One 64-byte line is the
 // operand of one dot-product instruction: its lanes are outputs, so nothing is ever summed across lanes, and an
@@ -10,6 +10,7 @@
 // threads: partial sums that have to wait in memory wait there in fp32, which changes nothing. So a row's results are
 // the same bits alone and in company.
 
+#include "levels.h"
 #include "parallel.h"
 
 #include <algorithm>
@@ -21,15 +22,10 @@
 namespace {
 
 using namespace unspool;
-using bf16 = std::uint16_t;
 
-constexpr i64 kLanes = 16;               // outputs of a block
 constexpr i64 kLine = 2 * kLanes;        // weights of a line: two inputs of every output of a block
-constexpr i64 kPanel = 2;                // blocks of a panel; a weight has a whole number of panels
 constexpr i64 kSerial = 1 << 16;         // up to so many products, starting threads costs more than it saves
 constexpr i64 kPackedAtOnce = 64;        // lines that are packed at a time
-
-i64 blocks_of(i64 outputs) { return (outputs + kPanel * kLanes - 1) / (kPanel * kLanes) * kPanel; }
 
 // Where inputs 2 * pair and 2 * pair + 1 of an output stand.
 i64 place(i64 output, i64 pair, i64 pairs) {
@@ -41,7 +37,6 @@ void copy_pair(bf16* to, const bf16* from) { std::memcpy(to, from, 2 * sizeof(bf
 }  // namespace
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -278,30 +273,21 @@ void transpose(const bf16* from, i64 stride, bf16* to) {
     for (int i = 0; i < 4; i++) _mm_storeu_ps(reinterpret_cast<float*>(to + i * kLine), pack[i]);
 }
 
-bool has_amx_bf16() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-}
-
 }  // namespace
+
+void unspool::linear_avx512_bf16(const PackedWeight* weight, const bf16* x, i64 stride, const bf16* bias, bf16* y,
+                                 i64 rows, int threads) {
+    const i64 outputs = weight->outputs, pairs = weight->inputs / 2;
+    const Product p{weight->lines, bias, y, outputs, blocks_of(outputs), pairs};
+    if (rows * outputs * pairs <= kSerial) threads = 1;
+    parallel(threads, [&](int thread, int team) {
+        const i64 parts = parts_of_rows(rows, p.blocks, team), beside = team / parts;
+        part(p, x, stride, share(rows, 1, thread / beside, parts), share(p.blocks, kPanel, thread % beside, beside));
+    });
+}
 #endif
 
 extern "C" {
-
-struct PackedWeight {
-    const bf16* lines;
-    i64 outputs, inputs;
-};
-
-// Whether the products below run here, and are the best choice: PyTorch multiplies many rows several times faster on a
-// processor with AMX.
-int unspool_linear_bf16_usable() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") && !has_amx_bf16();
-#else
-    return 0;
-#endif
-}
 
 // Numbers that a packed weight takes.
 i64 unspool_linear_bf16_size(i64 outputs, i64 inputs) { return blocks_of(outputs) * kLanes * inputs; }
@@ -361,22 +347,6 @@ i64 unspool_linear_bf16_rows(const PackedWeight* weight, const i64* indexes, i64
         for (i64 pair = 0; pair < pairs; pair++) copy_pair(out + (i * pairs + pair) * 2, from + pair * kLine);
     });
     return -1;
-}
-
-// y [rows, outputs] = x [rows, inputs] times the weight, plus `bias` [outputs] where it is not null. Numbers of a row
-// of x lie together and rows `stride` apart; y is contiguous.
-void unspool_linear_bf16([[maybe_unused]] const PackedWeight* weight, [[maybe_unused]] const bf16* x,
-                         [[maybe_unused]] i64 stride, [[maybe_unused]] const bf16* bias, [[maybe_unused]] bf16* y,
-                         [[maybe_unused]] i64 rows, [[maybe_unused]] int threads) {
-#if defined(__x86_64__)
-    const i64 outputs = weight->outputs, pairs = weight->inputs / 2;
-    const Product p{weight->lines, bias, y, outputs, blocks_of(outputs), pairs};
-    if (rows * outputs * pairs <= kSerial) threads = 1;
-    parallel(threads, [&](int thread, int team) {
-        const i64 parts = parts_of_rows(rows, p.blocks, team), beside = team / parts;
-        part(p, x, stride, share(rows, 1, thread / beside, parts), share(p.blocks, kPanel, thread % beside, beside));
-    });
-#endif
 }
 
 }  // extern "C"

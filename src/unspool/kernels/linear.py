@@ -18,8 +18,6 @@ from unspool.kernels import native
 
 __all__ = ["PackedWeight", "fits"]
 
-# Level of the library at which it has these kernels: AVX-512 BF16.
-_LEVEL = 2
 # Numbers are declared as pointers too, which is the cheaper conversion; both have 64 bits.
 _WORD, _THREADS = ctypes.c_void_p, ctypes.c_int
 
@@ -42,8 +40,8 @@ class _Functions(NamedTuple):
 
 @cache
 def _functions() -> _Functions | None:
-    """The kernels; `None` where they are missing, or are not the best that this processor can do."""
-    if native.level() < _LEVEL or not native.function("unspool_linear_bf16_usable", ctypes.c_int)():
+    """The kernels; `None` where they are missing."""
+    if not native.active():
         return None
     return _Functions(
         size=native.function("unspool_linear_bf16_size", ctypes.c_int64, _WORD, _WORD),

@@ -250,15 +250,6 @@ Number* scratch(i64 size) {
 
 extern "C" {
 
-// Whether the products below run here.
-int unspool_lowrank_usable() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") != 0;
-#else
-    return 0;
-#endif
-}
-
 // Adds to y [rows, outputs] what the pairs make of x [rows, inputs]. Pair i, which may be null, has the rows at
 // `places` from starts[i] to starts[i + 1]; no row is named twice. All pairs have the same inputs, an even number, and
 // outputs. Numbers of a row of x lie together and rows `stride` apart; y is contiguous.

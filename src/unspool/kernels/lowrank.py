@@ -19,7 +19,7 @@ from unspool.kernels.linear import PackedWeight, fits as packs
 
 __all__ = ["LowRankPair", "Pairs", "RowsOfPairs", "fits"]
 
-_LEVEL = 2  # AVX-512 BF16
+_LEVELS = ("avx512-bf16", "amx")
 _WORD, _THREADS = ctypes.c_void_p, ctypes.c_int
 _LANES, _LINE = 16, 32
 
@@ -36,7 +36,7 @@ class _Struct(ctypes.Structure):
 @cache
 def _function() -> Any:
     """The kernel; `None` where it is missing."""
-    if native.level() < _LEVEL or not native.function("unspool_lowrank_usable", ctypes.c_int)():
+    if native.level() not in _LEVELS:
         return None
     return native.function("unspool_lowrank", None, *[_WORD] * 7, _THREADS)
 

@@ -15,18 +15,27 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  (brings OpenMP)
 
-__all__ = ["describe", "function", "level", "library"]
+__all__ = ["active", "describe", "function", "level", "library"]
 
 logger = logging.getLogger(__name__)
 
 # As `unspool_interface` in native.cpp.
-_INTERFACE = 3
-_LEVELS = ("none", "AVX-512", "AVX-512 BF16")
+_INTERFACE = 4
+# Levels of native.cpp: instructions of x86 and of ARM processors.
+_WORDS = {
+    "avx2": "AVX2",
+    "avx2-vnni": "AVX2 with VNNI",
+    "avx512": "AVX-512",
+    "avx512-bf16": "AVX-512 BF16",
+    "amx": "AMX",
+    "neon": "NEON",
+    "dotprod": "NEON with dot products",
+}
 
 
 class _Loaded(NamedTuple):
     library: ctypes.CDLL | None
-    level: int
+    level: str | None
     words: str
 
 
@@ -35,13 +44,22 @@ def library() -> ctypes.CDLL | None:
     return _load().library
 
 
-def level() -> int:
-    """Which instructions the kernels use: 0 the kernels are not in use, 1 AVX-512, 2 and AVX-512 BF16."""
+def active() -> bool:
+    """Whether the kernels are in use."""
+    return _load().level is not None
+
+
+def level() -> str | None:
+    """Which instructions the kernels use; `None` where they are not in use.
+
+    One of `avx2`, `avx2-vnni`, `avx512` (with VNNI), `avx512-bf16`, `amx`; on ARM, `neon` and `dotprod`. It is the best
+    that the processor has or, where it has that, the one that `UNSPOOL_KERNELS` names in the environment.
+    """
     return _load().level
 
 
 def describe() -> str:
-    """In words, whether the kernels are in use and with which instructions, or why they are not."""
+    """In words, whether the kernels are in use, with which instructions, and why not with better ones or not at all."""
     return _load().words
 
 
@@ -62,22 +80,51 @@ def _load() -> _Loaded:
 
 
 def _look() -> _Loaded:
-    if os.environ.get("UNSPOOL_KERNELS") == "0":
+    wanted = os.environ.get("UNSPOOL_KERNELS", "")
+    if wanted == "0":
         return _off("UNSPOOL_KERNELS=0 turns them off")
     files = sorted(Path(__file__).parent.glob("_native*.so"))
     if not files:
         return _off("they were not built (a C++ compiler is needed when unspool is installed)")
     try:
         loaded = ctypes.CDLL(str(files[0]))
-        interface, reached = loaded.unspool_interface(), loaded.unspool_level()
+        interface = loaded.unspool_interface()
     except (OSError, AttributeError) as error:
         return _off(f"{files[0].name} does not load ({error})")
     if interface != _INTERFACE:
         return _off(f"{files[0].name} was built from another version of unspool; install unspool anew")
-    if reached == 0:
-        return _off("this processor lacks AVX-512")
-    return _Loaded(loaded, reached, f"compiled kernels in use, {_LEVELS[reached]}")
+    for text in (loaded.unspool_level_name, loaded.unspool_level_lacks):
+        text.restype = ctypes.c_char_p
+    lacks = {
+        loaded.unspool_level_name(index).decode(): loaded.unspool_level_lacks(index).decode()
+        for index in range(loaded.unspool_levels())
+    }
+    if not lacks:
+        return _off("there are none for this kind of processor")
+    return _choose(loaded, lacks, wanted)
+
+
+def _choose(loaded: ctypes.CDLL, lacks: dict[str, str], wanted: str) -> _Loaded:
+    """The level to use, of those that lack something or `""`, in ascending order."""
+    names = list(lacks)
+    usable = [name for name in names if not lacks[name]]
+    if not usable:
+        return _off(f"this machine lacks {lacks[names[0]]}")
+    best = usable[-1]
+    if wanted in usable:
+        name, why = wanted, f"UNSPOOL_KERNELS={wanted}"
+    elif wanted:
+        reason = f"this machine lacks {lacks[wanted]}" if wanted in lacks else f"it may be 0, {', '.join(usable)}"
+        name, why = best, f"UNSPOOL_KERNELS={wanted} is not used: {reason}"
+        logger.warning(why)
+    elif best == names[-1]:
+        name, why = best, "the best of this kind of processor"
+    else:
+        name, why = best, f"this machine lacks {lacks[names[names.index(best) + 1]]}"
+    loaded.unspool_choose(names.index(name))
+    alone = "" if loaded.unspool_has_threads() else "; on one thread, for torch brought no OpenMP"
+    return _Loaded(loaded, name, f"compiled kernels in use, {_WORDS[name]} ({why}){alone}")
 
 
 def _off(reason: str) -> _Loaded:
-    return _Loaded(None, 0, f"compiled kernels not in use: {reason}")
+    return _Loaded(None, None, f"compiled kernels not in use: {reason}")

@@ -1,4 +1,5 @@
-// Products with quantised weights on processors with AVX-512 VNNI and BF16: y = x W^T + bias for any number of rows.
+// How quantised weights are packed, and products with them on processors with AVX-512 VNNI and BF16: y = x W^T + bias
+// for any number of rows.
 //
 // Two kinds of weight, both packed so that a 64-byte line holds the same inputs of 16 outputs, in the order of use:
 //
@@ -13,6 +14,7 @@
 // chain of operations in the order of the inputs, whatever the number of rows and of threads, so a row's results are the
 // same bits alone and in company.
 
+#include "levels.h"
 #include "parallel.h"
 
 #include <algorithm>
@@ -24,33 +26,8 @@
 namespace {
 
 using namespace unspool;
-using bf16 = std::uint16_t;
-using fp16 = std::uint16_t;
-using u8 = std::uint8_t;
-
-constexpr i64 kLanes = 16;       // outputs of a block
 constexpr i64 kLine = 64;        // bytes of a line
-constexpr i64 kPanel = 2;        // blocks of a panel; a weight has a whole number of panels
-constexpr i64 kByteGroup = 64;   // activations of a row that share a scale
 constexpr i64 kSerial = 1 << 15; // up to so many bytes of weight times rows, starting threads costs more than it saves
-
-i64 blocks_of(i64 outputs) { return (outputs + kPanel * kLanes - 1) / (kPanel * kLanes) * kPanel; }
-
-struct QuantisedWeight {
-    const u8* lines;
-    const float* units;   // [outputs, padded]: factor of all that belongs to an output
-    const fp16* scales;   // nibbles: [blocks][groups][16]; else null
-    const fp16* offsets;  // nibbles: the same, or null
-    const bf16* table;    // nibbles: 32 numbers, the 16 twice
-    i64 outputs, inputs;
-    i64 group;            // inputs that share a scale, a multiple of 32; of bytes, 64 activations that do
-    i64 nibbles;          // 0 or 1
-
-    i64 per_line() const { return nibbles ? 8 : 4; }
-    i64 width() const { return (inputs + group - 1) / group * group; }
-    i64 lines_of_block() const { return width() / per_line(); }
-    i64 blocks() const { return blocks_of(outputs); }
-};
 
 // Where the first four bytes of an output stand; those after are a line apart.
 i64 lane_of(const QuantisedWeight& w, i64 output) {
@@ -371,18 +348,26 @@ void panels(const Call& c, i64 from, i64 to) {
 }
 
 }  // namespace
+
+void unspool::quantised_avx512_bf16(const QuantisedWeight* weight, const void* x, i64 stride, const void* bias, void* y,
+                                    i64 rows, int wide_x, int wide_y, int threads) {
+    if (rows == 0) return;
+    const QuantisedWeight& w = *weight;
+    const i64 groups = w.width() / w.group, row_bytes = w.width() * (w.nibbles ? 2 : 1);
+    const Call c{w, x, stride, wide_x != 0, {y, bias, wide_y != 0}, Tiles(rows), groups, row_bytes,
+                 scratch<u8>(rows * row_bytes), scratch<float>(rows * groups), scratch<std::int32_t>(rows * groups)};
+    const i64 units = w.blocks() / kPanel;
+    if (rows * units * kPanel * w.lines_of_block() * kLine <= kSerial) threads = 1;
+    parallel(threads, [&](int thread, int team) {
+        share_out(rows, thread, team, [&](i64 row) { prepare(c, row); });
+        wait_for_team();
+        const i64 from = units * thread / team * kPanel, to = units * (thread + 1) / team * kPanel;
+        (w.nibbles ? panels<Nibbles> : panels<Bytes>)(c, from, to);
+    });
+}
 #endif
 
 extern "C" {
-
-// Whether the products below run here.
-int unspool_quantised_usable() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-#else
-    return 0;
-#endif
-}
 
 // Blocks of a weight of so many outputs, padded ones included.
 i64 unspool_quantised_blocks(i64 outputs) { return blocks_of(outputs); }
@@ -435,30 +420,6 @@ i64 unspool_quantised_codes(const QuantisedWeight* weight, const i64* indexes, i
         }
     });
     return -1;
-}
-
-// y [rows, outputs] = x [rows, inputs] times the weight, plus `bias` [outputs] where it is not null. Numbers of a row
-// of x lie together and rows `stride` apart; y is contiguous. x is fp32 if `wide_x` (which needs a weight of bytes),
-// else bf16; y and bias are fp32 if `wide_y`, else bf16.
-void unspool_quantised([[maybe_unused]] const QuantisedWeight* weight, [[maybe_unused]] const void* x,
-                       [[maybe_unused]] i64 stride, [[maybe_unused]] const void* bias, [[maybe_unused]] void* y,
-                       [[maybe_unused]] i64 rows, [[maybe_unused]] int wide_x, [[maybe_unused]] int wide_y,
-                       [[maybe_unused]] int threads) {
-#if defined(__x86_64__)
-    if (rows == 0) return;
-    const QuantisedWeight& w = *weight;
-    const i64 groups = w.width() / w.group, row_bytes = w.width() * (w.nibbles ? 2 : 1);
-    const Call c{w, x, stride, wide_x != 0, {y, bias, wide_y != 0}, Tiles(rows), groups, row_bytes,
-                 scratch<u8>(rows * row_bytes), scratch<float>(rows * groups), scratch<std::int32_t>(rows * groups)};
-    const i64 units = w.blocks() / kPanel;
-    if (rows * units * kPanel * w.lines_of_block() * kLine <= kSerial) threads = 1;
-    parallel(threads, [&](int thread, int team) {
-        share_out(rows, thread, team, [&](i64 row) { prepare(c, row); });
-        wait_for_team();
-        const i64 from = units * thread / team * kPanel, to = units * (thread + 1) / team * kPanel;
-        (w.nibbles ? panels<Nibbles> : panels<Bytes>)(c, from, to);
-    });
-#endif
 }
 
 }  // extern "C"

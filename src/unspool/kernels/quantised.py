@@ -16,7 +16,6 @@ from unspool.kernels import native
 
 __all__ = ["PackedCodes", "usable"]
 
-_LEVEL = 2  # AVX-512 BF16
 _WORD, _INT = ctypes.c_void_p, ctypes.c_int
 _LANES = 16
 # Activations of a row that share a scale where weights are bytes.
@@ -43,7 +42,7 @@ class _Functions(NamedTuple):
 
 @cache
 def _functions() -> _Functions | None:
-    if native.level() < _LEVEL or not native.function("unspool_quantised_usable", ctypes.c_int)():
+    if not native.active():
         return None
     return _Functions(
         blocks=native.function("unspool_quantised_blocks", ctypes.c_int64, _WORD),
@@ -54,7 +53,7 @@ def _functions() -> _Functions | None:
 
 
 def usable() -> bool:
-    """Whether this processor has the instructions and the library is there."""
+    """Whether the kernels are in use."""
     return _functions() is not None
 
 

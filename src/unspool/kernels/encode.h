@@ -1,15 +1,17 @@
 // Quantises rows of a weight: numbers become codes of eight or four bits and a scale for every group of inputs. What
 // each format means is in `weights/quant`, which does the same with PyTorch.
 
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+namespace unspool::UNSPOOL_LEVEL::encoding {
 namespace {
 
-using i64 = std::int64_t;
 using u8 = std::uint8_t;
 
 enum Kind { kBytes = 0, kEven = 1, kTable = 2 };
@@ -21,15 +23,7 @@ struct Table {
     const u8* order;      // [16]
 };
 
-#if defined(__x86_64__) && defined(__clang__)
-#define UNSPOOL_CLONES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#elif defined(__x86_64__)
-#define UNSPOOL_CLONES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
-#else
-#define UNSPOOL_CLONES
-#endif
-
-UNSPOOL_CLONES void widen(const void* from, bool wide, i64 count, float* to) {
+UNSPOOL_TARGET inline void widen(const void* from, bool wide, i64 count, float* to) {
     if (wide) {
         std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
         return;
@@ -42,7 +36,7 @@ UNSPOOL_CLONES void widen(const void* from, bool wide, i64 count, float* to) {
     }
 }
 
-UNSPOOL_CLONES float largest(const float* x, i64 count) {
+UNSPOOL_TARGET inline float largest(const float* x, i64 count) {
     float most = 0;
 #pragma omp simd reduction(max : most)
     for (i64 i = 0; i < count; i++) most = std::max(most, std::fabs(x[i]));
@@ -50,7 +44,7 @@ UNSPOOL_CLONES float largest(const float* x, i64 count) {
 }
 
 // Codes of 128 plus the nearest of -127 to 127 steps.
-UNSPOOL_CLONES float bytes(const float* x, i64 count, u8* codes) {
+UNSPOOL_TARGET inline float bytes(const float* x, i64 count, u8* codes) {
     const float scale = largest(x, count) / 127.0f, by = scale > 0 ? scale : 1.0f;
 #pragma omp simd
     for (i64 i = 0; i < count; i++) codes[i] = static_cast<u8>(static_cast<int>(std::rint(x[i] / by)) + 128);
@@ -58,7 +52,7 @@ UNSPOOL_CLONES float bytes(const float* x, i64 count, u8* codes) {
 }
 
 // Codes of 8 plus the nearest of -8 to 7 steps, with the scale of least squared error of a few.
-UNSPOOL_CLONES float even(const float* x, i64 count, u8* codes) {
+UNSPOOL_TARGET inline float even(const float* x, i64 count, u8* codes) {
     const float most = largest(x, count);
     float signed_most = 0;
     for (i64 i = 0; i < count && signed_most == 0; i++) signed_most = std::fabs(x[i]) == most ? x[i] : 0;
@@ -81,7 +75,7 @@ UNSPOOL_CLONES float even(const float* x, i64 count, u8* codes) {
 }
 
 // Codes of the nearest numbers of a table, times the largest weight.
-UNSPOOL_CLONES float table(const float* x, i64 count, const Table& t, u8* codes) {
+UNSPOOL_TARGET inline float table(const float* x, i64 count, const Table& t, u8* codes) {
     const float scale = largest(x, count), by = scale > 0 ? scale : 1.0f;
     float bounds[15];
     std::copy(t.bounds, t.bounds + 15, bounds);
@@ -103,11 +97,7 @@ UNSPOOL_CLONES float table(const float* x, i64 count, const Table& t, u8* codes)
 
 }  // namespace
 
-extern "C" {
-
-// Quantises `rows` [count, inputs], fp32 if `wide`, else bf16: codes [count, inputs], scales [count, groups]. `bounds` and
-// `order` are null unless `kind` is 2.
-void unspool_encode(const void* rows, int wide, i64 count, i64 inputs, i64 group, int kind, const float* bounds,
+inline void encode(const void* rows, int wide, i64 count, i64 inputs, i64 group, int kind, const float* bounds,
                     const u8* order, u8* codes, float* scales) {
     thread_local std::vector<float> memory;
     memory.resize(static_cast<std::size_t>(inputs));
@@ -126,4 +116,4 @@ void unspool_encode(const void* rows, int wide, i64 count, i64 inputs, i64 group
     }
 }
 
-}  // extern "C"
+}  // namespace unspool::UNSPOOL_LEVEL::encoding

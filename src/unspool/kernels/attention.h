@@ -5,8 +5,9 @@
 // order. Nothing of this depends on the other rows, on how many of a row's queries come at once, or on the number of
 // threads, so a token's results are the same bits alone and in company, from a whole prompt and from chunks of it.
 
+#pragma once
+
 #include "attention_tile.h"
-#include "parallel.h"
 
 #include <atomic>
 #include <cmath>
@@ -14,12 +15,11 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
-
-namespace unspool {
+namespace unspool::UNSPOOL_LEVEL::attention {
 namespace {
 
-constexpr i64 kSlice = 64;             // tokens that are packed together for many rows; for few it is one group
+constexpr i64 kSlice = 64;             // tokens that are packed together for many rows
+constexpr i64 kFewTokens = 16;         // and for few
 constexpr i64 kAhead = 32;             // tokens to fetch ahead of use
 constexpr i64 kFewQueries = 16;        // of a row: its chunks may be answered by different threads
 constexpr i64 kManyRows = 8 * kTall;   // about so many rows share packed keys and values
@@ -62,7 +62,7 @@ struct Task {
     float* parts;  // [count][heads][padded dim + 2]: mixed values, greatest score, sum of weights; null where it is all
 
     i64 position(i64 query) const { return row->length - row->feed + first + query; }
-    i64 slice() const { return row->feed <= kFewQueries ? kLanes : kSlice; }
+    i64 slice() const { return row->feed <= kFewQueries ? kFewTokens : kSlice; }
 };
 
 // A task for the query heads of some key/value heads.
@@ -70,7 +70,7 @@ struct Item {
     i64 task, first, count;
 };
 
-// Groups of sixteen tokens, by position.
+// Groups of as many tokens as a vector has numbers, by position.
 struct Groups {
     i64 from, to;
 };
@@ -83,7 +83,7 @@ struct Scratch {
     template <class F>
     static i64 size(const Step& step, i64 rows) {
         const i64 numbers = 2 * kPitch + 2 * padded<F>(step.dim);
-        return rows * numbers + kSlice * padded<F>(step.dim) + (4 * rows + kLanes - 1) / kLanes * kLanes;
+        return rows * numbers + kSlice * padded<F>(step.dim) + (4 * rows + kWidth - 1) / kWidth * kWidth;
     }
     template <class F>
     static Scratch at(float* memory, const Step& step, i64 rows) {
@@ -114,7 +114,7 @@ struct Tiles {
 struct Span {
     i64 from, to;
     i64 chunk() const { return from / kChunk * kChunk; }
-    Groups groups() const { return {from / kLanes, (to + kLanes - 1) / kLanes}; }
+    Groups groups() const { return {from / kWidth, (to + kWidth - 1) / kWidth}; }
     Span within(i64 low, i64 high) const { return {std::max(from, low), std::min(to, high)}; }
     bool empty() const { return from >= to; }
 };
@@ -131,24 +131,23 @@ Span seen(const Step& step, const Task& task, const Tiles& tiles, i64 tile, Span
 }
 
 // Makes the scores of what lies outside `seen` -infinity, in the groups of a row.
-UNSPOOL_AVX512 void hide(float* row, Groups groups, Span seen) {
+UNSPOOL_TARGET void hide(float* row, Groups groups, Span seen) {
     for (i64 group = groups.from; group < groups.to; group++) {
-        const i64 low = std::max<i64>(seen.from - group * kLanes, 0);
-        const i64 high = std::min<i64>(seen.to - group * kLanes, kLanes);
-        if (low == 0 && high == kLanes) continue;
-        const auto there = static_cast<__mmask16>(low < high ? (1u << high) - (1u << low) : 0);
-        float* scores = row + (group * kLanes - seen.chunk());
-        const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        _mm512_store_ps(scores, _mm512_mask_mov_ps(nothing, there, _mm512_load_ps(scores)));
+        const i64 low = std::max<i64>(seen.from - group * kWidth, 0);
+        const i64 high = std::min<i64>(seen.to - group * kWidth, kWidth);
+        if (low == 0 && high == kWidth) continue;
+        float* scores = row + (group * kWidth - seen.chunk());
+        const Vec nothing = set(-std::numeric_limits<float>::infinity());
+        store(scores, within(low, std::max(low, high), load(scores), nothing));
     }
 }
 
 // What to fetch while the group at a position is packed: from further on of the same or, past its end, of what is next.
 template <class Number>
 const Number* fetched(const Step& step, const Task& task, i64 position, Span span, const Number* pool, const Number* next) {
-    const i64 ahead = position + kAhead, past = ahead - span.groups().to * kLanes;
+    const i64 ahead = position + kAhead, past = ahead - span.groups().to * kWidth;
     if (past < 0) return pool + step.slot(*task.row, ahead) * step.stride();
-    return next + step.slot(*task.row, std::min(span.from / kLanes * kLanes + past, position)) * step.stride();
+    return next + step.slot(*task.row, std::min(span.from / kWidth * kWidth + past, position)) * step.stride();
 }
 
 // Calls `work(slice, head)` for the slices of a span and, in each, the item's key/value heads.
@@ -162,14 +161,14 @@ template <class F>
 void score_chunk(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
     using Number = typename F::Number;
     const Tiles tiles(task.count * step.fold());
-    const i64 size = key_words<F>(step.dim) * kLanes;
+    const i64 size = key_words<F>(step.dim) * kWidth;
     each_slice(task, item, span, [&](Span slice, i64 head) {
         const auto* keys = static_cast<const Number*>(step.keys) + (item.first + head) * step.dim;
         const auto* values = static_cast<const Number*>(step.values) + (item.first + head) * step.dim;
         const Groups groups = slice.groups();
         for (i64 group = groups.from; group < groups.to; group++)
-            pack_keys<F>(keys + step.slot(*task.row, group * kLanes) * step.stride(), step.stride(), step.dim,
-                         fetched(step, task, group * kLanes, span, keys, values),
+            pack_keys<F>(keys + step.slot(*task.row, group * kWidth) * step.stride(), step.stride(), step.dim,
+                         fetched(step, task, group * kWidth, span, keys, values),
                          s.packed + (group - groups.from) * size);
         for (i64 tile = 0; tile < tiles.count; tile++) {
             const Span part = seen(step, task, tiles, tile, slice);
@@ -178,7 +177,7 @@ void score_chunk(const Step& step, const Task& task, const Item& item, Span span
             const Groups some = part.groups();
             score_tile<F>(tiles.height(tile), s.queries + row * kPitch, s.packed + (some.from - groups.from) * size,
                           some.to - some.from, step.dim, step.scale,
-                          s.weights + row * kPitch + some.from * kLanes - span.chunk());
+                          s.weights + row * kPitch + some.from * kWidth - span.chunk());
         }
     });
 }
@@ -188,7 +187,7 @@ void weigh_chunk(const Step& step, const Task& task, const Item& item, Span span
     const Tiles tiles(task.count * step.fold());
     for (i64 tile = 0; tile < item.count * tiles.count; tile++) {
         const Groups groups = seen(step, task, tiles, tile % tiles.count, span).groups();
-        const i64 chunk = span.chunk() / kLanes;
+        const i64 chunk = span.chunk() / kWidth;
         for (i64 i = tiles.begin(tile % tiles.count); i < tiles.begin(tile % tiles.count + 1); i++) {
             const Span part = seen(step, task, i / step.fold(), span);
             if (part.empty()) continue;
@@ -203,15 +202,15 @@ template <class F>
 void mix_chunk(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
     using Number = typename F::Number;
     const Tiles tiles(task.count * step.fold());
-    const i64 width = padded<F>(step.dim), size = kLanes / F::kTokens * width;
+    const i64 width = padded<F>(step.dim), size = kWidth / F::kTokens * width;
     std::fill(s.mixed, s.mixed + item.count * tiles.rows * width, 0.0f);
     each_slice(task, item, span, [&](Span slice, i64 head) {
         const auto* values = static_cast<const Number*>(step.values) + (item.first + head) * step.dim;
         const Groups groups = slice.groups();
         for (i64 group = groups.from; group < groups.to; group++)
-            pack_values<F>(values + step.slot(*task.row, group * kLanes) * step.stride(), step.stride(), step.dim,
-                           task.from - group * kLanes, task.to - group * kLanes,
-                           fetched(step, task, group * kLanes, span, values, values),
+            pack_values<F>(values + step.slot(*task.row, group * kWidth) * step.stride(), step.stride(), step.dim,
+                           task.from - group * kWidth, task.to - group * kWidth,
+                           fetched(step, task, group * kWidth, span, values, values),
                            s.packed + (group - groups.from) * size);
         for (i64 tile = 0; tile < tiles.count; tile++) {
             const Span part = seen(step, task, tiles, tile, slice);
@@ -219,7 +218,7 @@ void mix_chunk(const Step& step, const Task& task, const Item& item, Span span, 
             const i64 row = head * tiles.rows + tiles.begin(tile);
             const Groups some = part.groups();
             mix_tile<F>(tiles.height(tile),
-                        s.weights + row * kPitch + (some.from * kLanes - span.chunk()) / F::kTokens,
+                        s.weights + row * kPitch + (some.from * kWidth - span.chunk()) / F::kTokens,
                         s.packed + (some.from - groups.from) * size, some.to - some.from, step.dim,
                         s.mixed + row * width);
         }
@@ -227,14 +226,14 @@ void mix_chunk(const Step& step, const Task& task, const Item& item, Span span, 
 }
 
 // Adds a chunk's part to the whole of those before it.
-UNSPOOL_AVX512 void join(Sum& total, float* whole, Sum part, const float* mixed, i64 width) {
+UNSPOOL_TARGET void join(Sum& total, float* whole, Sum part, const float* mixed, i64 width) {
     const float greatest = std::max(total.greatest, part.greatest);
-    const __m512 before = power_of_two(_mm512_set1_ps(total.greatest - greatest));
-    const __m512 now = power_of_two(_mm512_set1_ps(part.greatest - greatest));
-    total = {greatest, total.sum * _mm512_cvtss_f32(before) + part.sum * _mm512_cvtss_f32(now)};
-    for (i64 i = 0; i < width; i += kLanes) {
-        const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(whole + i), before);
-        _mm512_storeu_ps(whole + i, _mm512_fmadd_ps(_mm512_loadu_ps(mixed + i), now, old));
+    const Vec before = power_of_two(set(total.greatest - greatest));
+    const Vec now = power_of_two(set(part.greatest - greatest));
+    total = {greatest, total.sum * before[0] + part.sum * now[0]};
+    for (i64 i = 0; i < width; i += kWidth) {
+        const Vec old = load(whole + i) * before;
+        store(whole + i, fma(load(mixed + i), now, old));
     }
 }
 
@@ -242,12 +241,12 @@ constexpr Sum kNothing{-std::numeric_limits<float>::infinity(), 0.0f};
 
 // The answer of a head to a query: its mixed values by the sum of their weights.
 template <class F>
-UNSPOOL_AVX512 void answer(const Step& step, const Row& row, i64 query, i64 head, const float* whole, float sum) {
+UNSPOOL_TARGET void answer(const Step& step, const Row& row, i64 query, i64 head, const float* whole, float sum) {
     auto* out = static_cast<typename F::Number*>(step.out) + ((row.first + query) * step.heads + head) * step.dim;
     for (i64 i = 0; i < lines<F>(step.dim); i++) {
-        __m512 parts[F::kParts];
-        for (int part = 0; part < F::kParts; part++, whole += kLanes)
-            parts[part] = _mm512_mul_ps(_mm512_loadu_ps(whole), _mm512_set1_ps(1.0f / sum));
+        Vec parts[F::kParts];
+        for (int part = 0; part < F::kParts; part++, whole += kWidth)
+            parts[part] = load(whole) * set(1.0f / sum);
         F::store_line(out + i * line<F>(), words<F>(step.dim, i), parts);
     }
 }
@@ -392,7 +391,7 @@ void run(const Step& step, Work& work, int threads) {
     if (work.cost <= kSerial) threads = 1;
     const i64 writes = std::ssize(work.writes), items = std::ssize(work.items), several = std::ssize(work.several);
     const i64 size = Scratch::size<F>(step, work.rows);
-    work.scratch.resize(static_cast<std::size_t>(size * threads + kLanes));
+    work.scratch.resize(static_cast<std::size_t>(size * threads + 16));
     float* aligned = work.scratch.data();
     while (reinterpret_cast<std::uintptr_t>(aligned) % 64) aligned++;
 
@@ -418,32 +417,24 @@ void run(const Step& step, Work& work, int threads) {
 }
 
 }  // namespace
-}  // namespace unspool
-#endif
 
-extern "C" {
-
-// Stores the new tokens of every row and answers their queries. `plan` is [rows, block size, window or 0, then per row:
-// length, feed, first, table]. Keys and values are [slots, kv_heads, dim]; q, k and v are [tokens, their heads, dim],
-// tokens `*_stride` numbers apart; `out` is [tokens, heads * dim]. Numbers have `bytes` 2 (bf16) or 4 (fp32), and
-// `paired` says that bf16 is multiplied by AVX-512 BF16. Returns 0, or 1 where memory ran out.
-int unspool_attend(const std::int64_t* plan, const std::int64_t* tables, int bytes, int paired, int heads, int kv_heads,
-                   int dim, const void* q, std::int64_t q_stride, const void* k, std::int64_t k_stride, const void* v,
-                   std::int64_t v_stride, void* keys, void* values, void* out, float scale, float softcap, int threads) {
-#if defined(__x86_64__)
-    using namespace unspool;
+inline int attend(const i64* plan, const i64* tables, int bytes, int heads, int kv_heads, int dim, const void* q,
+                  i64 q_stride, const void* k, i64 k_stride, const void* v, i64 v_stride, void* keys, void* values,
+                  void* out, float scale, float softcap, int threads) {
     thread_local Work work;
     const Step step{reinterpret_cast<const Row*>(plan + 3), tables, plan[0], plan[1], plan[2], heads, kv_heads, dim,
                     q, k, v, q_stride, k_stride, v_stride, keys, values, out, Scale(scale, softcap)};
+#if defined(UNSPOOL_PAIRED)
+    using Halves = Paired;
+#else
+    using Halves = Single<Bf16>;
+#endif
     try {
-        bytes == 4 ? run<Single<Fp32>>(step, work, threads)
-        : paired   ? run<Paired>(step, work, threads)
-                   : run<Single<Bf16>>(step, work, threads);
+        (bytes == 4 ? run<Single<Fp32>> : run<Halves>)(step, work, threads);
     } catch (const std::bad_alloc&) {
         return 1;
     }
-#endif
     return 0;
 }
 
-}  // extern "C"
+}  // namespace unspool::UNSPOOL_LEVEL::attention

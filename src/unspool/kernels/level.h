@@ -1,0 +1,19 @@
+// All kernels, for the level whose vectors were included before. The standard library's headers come first and are
+// compiled for every processor: only what is marked as the level's uses its instructions.
+
+#pragma once
+
+#include "levels.h"
+#include "numbers.h"
+
+#include "attention.h"
+#include "elementwise.h"
+#include "encode.h"
+#include "products.h"
+
+namespace unspool::UNSPOOL_LEVEL {
+
+const Kernels kernels{elementwise::rms_norm, elementwise::silu_gate, elementwise::turn,     attention::attend,
+                      encoding::encode,      UNSPOOL_LINEAR,         UNSPOOL_QUANTISED};
+
+}  // namespace unspool::UNSPOOL_LEVEL
