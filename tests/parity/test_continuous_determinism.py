@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accounts import check_all_given_back
 from families import make_checkpoint
 
 import unspool
@@ -192,3 +193,57 @@ def test_the_same_as_generate(model: Any, alone: list[Result]) -> None:
     for i, (prompt, (tokens, _)) in enumerate(zip(PROMPTS, alone, strict=True)):
         row = model.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_id=None, **SETTINGS[i])
         assert row[0, len(prompt) :].tolist() == tokens
+
+
+@pytest.mark.parametrize("case", ["together", "chunks of 7, without sharing", "little room", "little room, swapped"])
+def test_steps_that_are_launched_ahead(case: str, model: Any) -> None:
+    """On a GPU a step is launched before the one before is committed; the same order of work, here on the CPU.
+
+    Rows end by tokens that are seen when the next step is under way, and others come into their places.
+    """
+    ends = [alone_tokens[6] for alone_tokens in (_greedy(model, prompt, {}) for prompt in PROMPTS)]
+    settings = {"eos_token_id": ends, "max_new_tokens": 30}
+    wanted = [_greedy(model, prompt, settings) for prompt in PROMPTS]
+    assert {len(tokens) for tokens in wanted} - {30}
+    manager = manager_of(model, **CASES[case] | {"return_logprobs": False, "max_requests_per_batch": 3})
+    manager._engine._ahead = True
+    greedy = {"do_sample": False, **settings}
+    names = [manager.add_request(prompt, **greedy) for prompt in PROMPTS * 2]
+    drawn = {"do_sample": True, "seed": 4, **settings}
+    first = manager.add_request(PROMPTS[0], **drawn)
+    heedful = manager.add_request(PROMPTS[1], repetition_penalty=1.3, **greedy)
+    loop, flying, alone = manager._engine._loop, 0, manager_of(model, return_logprobs=False)
+    while manager.step():
+        flying += bool(loop._flights)
+        assert all(row.pending == 1 for flight in loop._flights for row in flight.rows)
+    assert flying > 5 and not loop._flights and not manager._engine._flying
+    assert [manager.get_result(name).generated_tokens for name in names] == wanted * 2
+    others = [alone.add_request(PROMPTS[0], **drawn), alone.add_request(PROMPTS[1], repetition_penalty=1.3, **greedy)]
+    while alone.step():
+        pass
+    for name, other in zip((first, heedful), others, strict=True):
+        assert manager.get_result(name).generated_tokens == alone.get_result(other).generated_tokens
+    check_all_given_back(manager._engine.room)
+    assert len(manager._engine.plain._free) == 3
+
+
+def _greedy(model: Any, prompt: list[int], settings: dict[str, Any]) -> list[int]:
+    settings = {"max_new_tokens": 12, "eos_token_id": None, "do_sample": False} | settings
+    row = model.generate(torch.tensor([prompt]), **settings)
+    return row[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+def test_what_is_in_flight_when_everything_is_cancelled(model: Any) -> None:
+    manager = manager_of(model, return_logprobs=False)
+    manager._engine._ahead = True
+    names = [manager.add_request(prompt, max_new_tokens=50, do_sample=False) for prompt in PROMPTS]
+    for _ in range(5):
+        manager.step()
+    assert manager._engine._loop._flights
+    manager.cancel_request(names[0])
+    manager.step()
+    assert manager.get_result(names[0]).finish_reason == "cancelled"
+    manager.stop(hard_stop=True)
+    assert {manager.get_result(name).finish_reason for name in names[1:]} == {"cancelled"}
+    assert not manager._engine._loop._flights
+    check_all_given_back(manager._engine.room)

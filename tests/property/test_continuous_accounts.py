@@ -72,12 +72,13 @@ arrivals = st.lists(
     requests=arrivals,
     faults=st.frozensets(st.integers(0, 30), max_size=3),
     budget=st.sampled_from([5, 40]),
-    blocks=st.sampled_from([12, 14, 40]),
+    blocks=st.sampled_from([15, 17, 40]),
     sharing=st.booleans(),
     space=st.sampled_from([0.0, 0.0005, 0.01]),
+    ahead=st.booleans(),
 )
-@example("qwen2-window", [(PROMPTS[3], "beams", 0, None)] * 3, frozenset(), 40, 14, True, 0.01)
-@example("mistral", [(PROMPTS[1], "greedy", 0, None)] * 5, frozenset({4}), 5, 12, True, 0.01)
+@example("qwen2-window", [(PROMPTS[3], "beams", 0, None)] * 3, frozenset(), 40, 15, True, 0.01, False)
+@example("mistral", [(PROMPTS[1], "greedy", 0, None)] * 5, frozenset({4}), 5, 12, True, 0.01, True)
 def test_every_block_is_accounted_for(
     models: dict[str, Any],
     family: str,
@@ -87,6 +88,7 @@ def test_every_block_is_accounted_for(
     blocks: int,
     sharing: bool,
     space: float,
+    ahead: bool,
 ) -> None:
     config = ContinuousBatchingConfig(
         num_blocks=blocks,
@@ -99,6 +101,7 @@ def test_every_block_is_accounted_for(
     )
     manager = models[family].init_continuous_batching(continuous_batching_config=config)
     room, active = manager._engine.room, manager._engine.scheduler.active_requests
+    manager._engine._ahead = ahead  # as on a GPU
     runner = manager._engine._loop.runner
     compute, clock = runner.run, 0
 

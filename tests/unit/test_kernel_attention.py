@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import VOCAB, make_checkpoint
@@ -348,3 +349,55 @@ def test_logits_are_the_same_bits_alone_in_company_and_in_chunks(tmp_path: Path)
     assert torch.equal(logits(slice(None), prefill_chunk_size=23), whole)
     for row in range(3):
         assert torch.equal(logits(slice(row, row + 1)), whole[row : row + 1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    stored=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    window=st.sampled_from([None, 7, 40]),
+    steps=st.integers(1, 90),
+    reserved=st.integers(0, 3),
+    seed=st.integers(0, 100),
+)
+def test_a_plan_that_is_kept_gives_what_a_new_one_gives(
+    stored: list[int], window: int | None, steps: int, reserved: int, seed: int
+) -> None:
+    """Rows get blocks as they grow, lose those out of sight, and have some exchanged for equal ones."""
+    draw = random.Random(seed)
+    groups = (LayerGroup((0,), 1, 16), LayerGroup((1,), 1, 16, window))
+    store = PagedStore(groups, 80, dtype=torch.float32, device=torch.device("cpu"))
+    rows = [Row() for _ in stored]
+    for row, length in zip(rows, stored, strict=True):
+        store.reserve(row, length + 16 * draw.randint(0, reserved))
+        row.computed = length
+    for layer in (0, 1):
+        store.keys[layer].normal_()
+        store.values[layer].normal_()
+    feeds, kept, used, tables = [1] * len(rows), None, 0, []
+    for step in range(steps):
+        for row in rows:
+            store.leave_behind(row)
+            assert store.extend(row, 1)
+            if not draw.randrange(20) and store.blocks[0].free and row.computed >= 16:
+                place = draw.randrange(row.computed // 16)
+                (other,) = store.blocks[0].take(1) or ()
+                for pool in (store.keys[0], store.values[0]):
+                    by_block = pool.view(-1, 16, 1, 16)
+                    by_block[other] = by_block[row.blocks[0][place]]
+                store.exchange(row, 0, place, other)
+                store.blocks[0].drop([other])
+        lengths = np.array([row.computed + 1 for row in rows])
+        changed = [(i, row) for i, row in enumerate(rows) if kept and row.blocks is not tables[i]]
+        if kept is None or not kept.advance(lengths, changed):
+            kept = NativeAttention(store, rows, feeds)
+        else:
+            used += 1
+        tables = [row.blocks for row in rows]
+        new = NativeAttention(store, rows, feeds)
+        for layer in (0, 1):
+            q, k, v = (normal(seed * 1000 + step * 10 + i, len(rows), heads, 16) for i, heads in enumerate((2, 1, 1)))
+            wanted = new(layer, q, k, v, 0.25)
+            assert torch.equal(kept(layer, q, k, v, 0.25), wanted)
+        for row in rows:
+            row.computed += 1
+    assert used >= steps * 2 // 3 - 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from unspool.cache.paged import PagedStore
 from unspool.kernels.attention import Plan, fits
 
 __all__ = ["NativeAttention", "serves"]
+
+# Blocks of each row that a plan for single tokens has room for, before it is made anew.
+_AHEAD = 4
 
 
 def serves(store: PagedStore) -> bool:
@@ -33,10 +38,26 @@ class NativeAttention:
     def __init__(self, store: PagedStore, rows: Sequence[Span], feeds: Sequence[int]) -> None:
         self.store = store
         lengths = [row.computed + feed for row, feed in zip(rows, feeds, strict=True)]
+        ahead = _AHEAD if max(feeds) == 1 else 0
         self.plans = [
-            Plan(lengths, feeds, [row.blocks[index] for row in rows], store.block_size, group.window)
+            Plan(lengths, feeds, [row.blocks[index] for row in rows], store.block_size, group.window, ahead=ahead)
             for index, group in enumerate(store.groups)
         ]
+
+    def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, Span]]) -> bool:
+        """Make it the attention of the next step, in which the same rows have one new token each.
+
+        Args:
+            lengths: `[rows]`, the new tokens included.
+            changed: place of each row whose blocks are others, and the row.
+
+        Returns:
+            Whether it could be; if not, it is of no use any more.
+        """
+        return all(
+            plan.advance(lengths, [(place, row.blocks[index]) for place, row in changed])
+            for index, plan in enumerate(self.plans)
+        )
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None

@@ -92,6 +92,7 @@ class PagedStore:
         counts = [blocks] * len(groups) if isinstance(blocks, int) else list(blocks)
         self._refuse_if_too_large(counts)
         self.blocks = [Blocks(count) for count in counts]
+        self._windows = any(group.window is not None for group in groups)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.group_of: dict[int, int] = {}
@@ -118,8 +119,12 @@ class PagedStore:
 
     def extend(self, row: Row, tokens: int) -> bool:
         """Make the next `tokens` positions of `row` writable; `False`, with nothing changed, when blocks run out."""
-        first = row.computed // self.block_size
-        if self._writable(row, first, self.blocks_for(row.computed + tokens)):
+        first, need = row.computed // self.block_size, self.blocks_for(row.computed + tokens)
+        if row.blocks and first >= len(
+            row.blocks[0]
+        ):  # none of its blocks is to be written: the next of a decoding row
+            return self._grow(row, row.computed + tokens)
+        if self._writable(row, first, need):
             return True
         if any(more > pool.free for more, pool in zip(self.missing(row, tokens), self.blocks, strict=True)):
             return False
@@ -138,6 +143,8 @@ class PagedStore:
 
     def leave_behind(self, row: Row) -> None:
         """Drop the blocks that no layer of their group can see from the next token of `row` on."""
+        if not self._windows:
+            return
         tables = list(row.blocks)
         for index, (group, table) in enumerate(zip(self.groups, row.blocks, strict=False)):  # a row may have no blocks
             unseen = min(group.first_seen(row.computed) // self.block_size, len(table))
@@ -331,13 +338,17 @@ class PagedStore:
         if not row.blocks:
             row.blocks = [[] for _ in self.groups]
         need = self.blocks_for(tokens)
-        if any(need - len(table) > pool.free for pool, table in zip(self.blocks, row.blocks, strict=True)):
-            return False
-        for index, (pool, table) in enumerate(zip(self.blocks, row.blocks, strict=True)):
+        for pool, table in zip(self.blocks, row.blocks, strict=True):
+            if need - len(table) > pool.free:
+                return False
+        tables = []
+        for pool, table in zip(self.blocks, row.blocks, strict=True):
             if need > len(table):
                 taken = pool.take(need - len(table), after=table[-1] if table else None)
                 assert taken is not None
-                self._put(row, index, table + taken)
+                table = table + taken
+            tables.append(table)
+        row.blocks = tables
         return True
 
     def _put(self, row: Row, index: int, table: list[int]) -> None:

@@ -51,6 +51,8 @@ class Engine:
         plain: where greedy and sampled rows are decided.
         outbox: where outputs go.
         token_budget: most tokens fed in a step.
+        ahead: launch a step before the one before is committed, where nothing on the host must see that first. A row
+            that turns out to have ended is then computed once more, for nothing.
 
     Attributes:
         live: requests that are not answered yet.
@@ -67,6 +69,7 @@ class Engine:
         outbox: Outbox,
         *,
         token_budget: int,
+        ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.room: Room = scheduler.cache
@@ -77,9 +80,14 @@ class Engine:
         self.live: dict[str, RequestState] = {}
         self.remembers = False
         self.parents: dict[str, str] = {}
-        self._loop = Loop(runner, self, device=device, in_step=True, failed=self._group_failed)
+        self._ahead = ahead
+        self._loop = Loop(runner, self, device=device, failed=self._group_failed)
+        self._loop.in_step = True
         self._scheduled: list[RequestState] = []
-        self._fed = 0  # tokens of the step
+        self._flying: list[RequestState] = []  # requests of the step before, where it is not committed yet
+        self._parts: list[list[Work]] = []  # the work of each request in the last step,
+        self._work: list[Work] = []  # all of it,
+        self._fed = 0  # and its tokens
         self._idle = 0  # steps in a row that fed nothing
         self._ended: dict[str, list[Node]] = {}
         self._deadlines: list[tuple[float, str]] = []  # when, and whose; some of them are over
@@ -109,6 +117,8 @@ class Engine:
         """
         self._take_out()
         if not self.scheduler.has_pending_requests():
+            self._loop.settle()
+            self._flying = []
             return False
         self._scheduled = []
         try:
@@ -119,7 +129,8 @@ class Engine:
                 raise
             self._fail_step(error)
             moved = True
-        self._look_after()
+        self._look_after(list(dict.fromkeys([*self._flying, *self._scheduled])) if self._flying else self._scheduled)
+        self._flying = [] if self._loop.in_step else self._scheduled
         self._idle = 0 if moved else self._idle + 1
         if self._idle > _PATIENCE and self.scheduler.has_pending_requests():
             self._answer_stuck()
@@ -128,10 +139,16 @@ class Engine:
     def plan(self) -> list[Work]:
         """See `decode.plan.Scheduler`: plain rows by place, then those that are decided together."""
         self._scheduled = self.scheduler.schedule_batch(self.token_budget, self.room.capacity)
+        if self._ahead:
+            self._loop.in_step = True in [state.heedful for state in self._scheduled]
+        parts = [state.work for state in self._scheduled]
+        if parts == self._parts:
+            return self._work
         group = self.plain.group
         single = [state.work[0] for state in self._scheduled if state.home.group is group]
         single.sort(key=_place)
         work = single + [item for state in self._scheduled if state.home.group is not group for item in state.work]
+        self._parts, self._work = parts, work
         self._fed = sum([item.feed for item in work])
         return work
 
@@ -140,6 +157,8 @@ class Engine:
         for state in list(self.live.values()):
             state.end(reason, error=error)
             self._close(state)
+        self._loop.settle()
+        self._flying = []
 
     def evict(self, request_id: str) -> None:
         """Forget what is kept of a request that ended."""
@@ -183,29 +202,24 @@ class Engine:
                 late.end("deadline")
                 self._close(late)
 
-    def _look_after(self) -> None:
+    def _look_after(self, states: Items[RequestState]) -> None:
         """After a step: index what is stored, tell those who follow, and close requests that ended."""
-        room, sent, size = self.room, self._sent, self.room.store.block_size
         plain, made = self.plain.group, self.plain.made
-        use = 1 - room.share_available
+        use = 1 - self.room.share_available
         failed, self.scheduler.failed = self.scheduler.failed, []
         for state in failed:
             self._close(state)
-        for state in self._scheduled:
+        for state in [state for state in states if state.work is not state.next_token]:
             if state.home.group is not plain:
                 made += state.newly_made()
-            if state.error is None:
-                computed = state.rows[0].computed
-                if state.status is RequestStatus.PREFILLING:
-                    for item in state.work:
-                        room.advance(item.seq)
-                elif computed >= state.boundary and len(state.rows) == 1:
-                    room.advance(state.rows[0])
-                    state.boundary = (computed // size + 1) * size
-                if sent and state in sent:
-                    self._tell(state)
-            if state.finish_reason is not None:
-                self._close(state)
+            if state.error is None and (state.status is RequestStatus.PREFILLING or len(state.rows) == 1):
+                for item in state.work:
+                    self.room.advance(item.seq)
+        if self._sent:
+            for state in [state for state in states if state in self._sent and state.error is None]:
+                self._tell(state)
+        for state in [state for state in states if state.finish_reason is not None]:
+            self._close(state)
         self.plain.made = 0
         self.tally.step(self._fed, made, use)
 
@@ -245,6 +259,8 @@ class Engine:
         """Answer a request that ended, and let go of it; once."""
         if self.live.pop(state.request_id, None) is None:
             return
+        if state.error is None and len(state.rows) == 1:
+            self.room.advance(state.rows[0])
         self.scheduler.finish_request(state.request_id, evict_from_cache=state.error is not None)
         state.lifespan = (state.lifespan[0], perf_counter())
         state.status = _STATUS.get(state.finish_reason or "error", RequestStatus.FAILED)
@@ -263,7 +279,7 @@ class Engine:
 
     def _group_failed(self, group: Group, error: Exception) -> None:
         """Everything decided in one group failed; see `decode.loop.Failed`."""
-        for state in self._scheduled:
+        for state in (*self._flying, *self._scheduled):
             if state.home.group is group:
                 state.end("error", error=_blame(state, "choosing its tokens", error))
 

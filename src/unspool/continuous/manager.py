@@ -528,6 +528,12 @@ def _child(name: str, number: int) -> str:
     return f"{name}__child#{number - 1}" if number else name
 
 
+def _may_run_ahead(model: Decoder, config: ContinuousBatchingConfig) -> bool:
+    """Whether a step may be launched before the host has seen the last one: none is told of a row's whole length."""
+    plain = not model.spec.needs_extents and model.spec.recompute_past is None
+    return plain and model.device.type == "cuda" and config.use_async_batching is not False
+
+
 def _make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
     places = config.max_requests_per_batch or _PLACES
     kind = scheduler_class(config.scheduler_type)
@@ -544,4 +550,5 @@ def _make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbo
         PlainRows(places, model.device, partial(find_fault, model)),
         outbox,
         token_budget=budget,
+        ahead=_may_run_ahead(model, config),
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,10 +31,12 @@ class PlainChoice(Choice):
     """Attributes:
     told: per row, the chosen token's log-probability and those of the likeliest; `None` where not asked for.
     failed: per row whose own processor raised, its error.
+    states: whose rows they are.
     """
 
     told: Items[tuple[float, dict[int, float]] | None] | None = None
     failed: dict[int, Exception] | None = None
+    states: list[RequestState] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -61,7 +64,7 @@ class PlainRows:
     """
 
     def __init__(self, places: int, device: torch.device, find_fault: Callable[[Sequence], str]) -> None:
-        self.group = Group([], self, self)
+        self.group = Group([], self, self, last=torch.zeros(places, dtype=torch.int64, device=device))
         self.states: list[RequestState | None] = [None] * places
         self.made = 0  # tokens; the engine reads them after a step, and sets this back
         self._free = list(range(places))
@@ -70,7 +73,10 @@ class PlainRows:
         self._find_fault = find_fault
         self._history = History(places, device)
         self._generator = torch.Generator(device=device)
-        self._arranged: list[RequestState | None] = []
+        self._arranged: list[RequestState] = []
+        self._calm: list[RequestState] | None = None  # rows to which nothing happens but one more token each,
+        self._left = 0  # for so many steps less one,
+        self._ends: frozenset[int] = frozenset()  # unless it is one of these
         self._kin: list[Kin] = []
 
     def enter(self, state: RequestState) -> None:
@@ -86,18 +92,18 @@ class PlainRows:
         place = state.rows[0].row
         assert self.states[place] is state
         self.states[place] = None
-        self._arranged = []
+        self._arranged, self._calm = [], None
         heappush(self._free, place)
 
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> PlainChoice:
         """See `Chooser`."""
         scores = logits.float()
-        states = [self.states[row.row] for row in rows]
+        states = cast("list[RequestState]", [self.states[row.row] for row in rows])
         if states != self._arranged:
             self._arrange(states)
         if len(self._kin) == 1 and self._kin[0].index is None:
             tokens, told, failed = self._decide(self._kin[0], scores)
-            return PlainChoice(tokens, told=told, failed=failed)
+            return PlainChoice(tokens, told=told, failed=failed, states=self._arranged)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
         every: list[tuple[float, dict[int, float]] | None] = [None] * len(rows)
         failures: dict[int, Exception] = {}
@@ -107,13 +113,12 @@ class PlainRows:
             for place, one in zip(kin.places, told or (), strict=False):
                 every[place] = one
             failures |= failed
-        return PlainChoice(tokens, told=every, failed=failures)
+        return PlainChoice(tokens, told=every, failed=failures, states=self._arranged)
 
-    def _arrange(self, states: list[RequestState | None]) -> None:
+    def _arrange(self, states: list[RequestState]) -> None:
         """Put rows together that run the same steps."""
         together: defaultdict[Hashable, list[int]] = defaultdict(list)
         for place, state in enumerate(states):
-            assert state is not None
             wishes = state.wishes
             kinds: Hashable = (
                 id(state) if wishes.columns is None else tuple((step.kind, step.static) for step in wishes.columns)
@@ -123,7 +128,7 @@ class PlainRows:
             Kin(
                 places,
                 torch.tensor(places, device=self._device) if len(together) > 1 else None,
-                [state for place in places if (state := states[place]) is not None],
+                [states[place] for place in places],
             )
             for places in together.values()
         ]
@@ -160,7 +165,7 @@ class PlainRows:
             return first.processors(self._history.line(row.row, len(row.tokens)), scores)
         if not first.columns:
             return scores
-        widths = [len(state.rows[0].tokens) for state in states]
+        widths = [state.rows[0].known for state in states]
         ids = None
         if any(step.reads_ids for step in first.columns):
             ids = self._history.rectangle([state.rows[0].row for state in states], widths, scores.shape[1])
@@ -182,12 +187,20 @@ class PlainRows:
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """See `Sink`. A row that has no token to choose, or whose criterion raises, fails alone."""
         assert isinstance(choice, PlainChoice)
+        states = choice.states
+        self.made += len(rows)
+        if states is self._calm and self._left > 1 and min(tokens) >= 0 and self._ends.isdisjoint(tokens):
+            self._left -= 1
+            for row, token in zip(rows, tokens, strict=True):
+                row.tokens.append(token)
+            return
+        self._calm = None
         now = time.perf_counter()
         read: list[RequestState] = []
-        self.made += len(rows)
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            state = self.states[row.row]
-            assert state is not None
+        for i, (row, token, state) in enumerate(zip(rows, tokens, states, strict=True)):
+            if row.finish is not None or state.finish_reason is not None:  # it ended after this step was launched
+                self.made -= 1
+                continue
             if token < 0:
                 self.made -= 1
                 self._fail(state, row, (choice.failed or {}).get(i))
@@ -207,14 +220,24 @@ class PlainRows:
                 if wishes.reads_ids:
                     read.append(state)
         if choice.told is not None:
-            for row, told in zip(rows, choice.told, strict=False):
-                if told is not None and (state := self.states[row.row]) is not None and state.error is None:
+            for told, state in zip(choice.told, states, strict=False):
+                if told is not None and state.error is None:
                     state.logprobs.append(told[0])
                     state.top_logprobs.append(told[1])
         self._ask(read)
-        for row in rows:
-            if row.finish is not None and (state := self.states[row.row]) is not None:
+        for row, state in zip(rows, states, strict=True):
+            if row.finish is not None:
                 state.end(row.finish)
+        self._look_ahead(states)
+
+    def _look_ahead(self, states: list[RequestState]) -> None:
+        """Find out for how long nothing can happen to these rows but tokens."""
+        for state in states:
+            if state.finish_reason is not None or state.attentive or state.wishes.top_logprobs is not None:
+                return
+        self._calm = states
+        self._left = min(state.most - len(state.rows[0].tokens) for state in states)
+        self._ends = frozenset().union(*{state.eos for state in states})
 
     def _ask(self, states: list[RequestState]) -> None:
         """Let rows see their newest tokens, and their criteria what they say to them."""

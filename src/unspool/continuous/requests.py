@@ -257,12 +257,12 @@ class RequestState:
     Only so many may be taken from what is stored. Owner: the scheduler."""
     reach: int = 0
     """Tokens that the row's blocks have room for. Owner: the scheduler."""
-    boundary: int = 0
-    """Stored tokens at which another block is to be indexed. Owner: the engine."""
     eos: frozenset[int] = field(init=False)
     most: int = field(init=False)
     attentive: bool = field(init=False)
     """Every token concerns more than the row itself."""
+    heedful: bool = field(init=False)
+    """What follows a token depends on the host: its next step cannot be launched before."""
     next_token: list[Work] = field(init=False)
     """The work of a plain decode step, which is the same every time; empty where steps differ."""
 
@@ -270,8 +270,9 @@ class RequestState:
         wishes, group = self.wishes, self.home.group
         self.eos, self.most = wishes.limits.eos, wishes.limits.max_columns
         self.attentive = wishes.reads_ids or wishes.record_timestamps
-        plain = len(self.rows) == 1 and group.drafter is None
+        plain = not group.rows  # the group of plain rows lists none, since they come and go
         self.leaders = self.leaders or [0] * len(self.rows)
+        self.heedful = not plain or wishes.reads_ids or wishes.top_logprobs is not None
         self.next_token = [Work(self.rows[0], 1, 1, group)] if plain else []
 
     @property

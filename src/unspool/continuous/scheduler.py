@@ -141,6 +141,8 @@ class Scheduler(ABC):
         place = -1
         while (place := place + 1) < last and token_budget > 0:
             state = order[place]
+            if state.rows[0].pending and state.rows[0].known >= state.most:
+                continue  # its last token is on its way
             if state.status is RequestStatus.DECODING and (row := state.rows[0]).computed < state.reach:
                 state.work = state.next_token
                 chosen.append(state)
@@ -206,7 +208,7 @@ class Scheduler(ABC):
 
     def _stop(self, state: RequestState, *, forget: bool) -> None:
         """Take a running request's blocks and its place."""
-        state.work, state.reach, state.boundary = [], 0, 0
+        state.work, state.reach = [], 0
         if state.seen is not None:
             state.seen = max(state.seen, state.rows[0].computed)
         state.nodes = [node for row in state.rows for node in self.cache.release(row)]
@@ -218,6 +220,8 @@ class Scheduler(ABC):
         """Put a running request back; it is next of those that wait."""
         del self.active_requests[state.request_id]
         if counts:
+            if len(state.rows) == 1:
+                self.cache.advance(state.rows[0])
             self.cache.put_aside(state.rows)
         self._stop(state, forget=False)
         state.status = RequestStatus.PENDING
@@ -256,6 +260,8 @@ class Scheduler(ABC):
         if feed > keep and (fits := self.cache.chunk(row, feed)) < feed:
             feed, keep = fits, 0
         end = row.computed + feed
+        if state.status is RequestStatus.DECODING:
+            self.cache.advance(row)
         # What a row writes into is its own, so that only a new block needs asking for.
         if (not row.blocks or end > len(row.blocks[0]) * self.cache.store.block_size) and not self.cache.extend(
             row, feed
@@ -265,7 +271,7 @@ class Scheduler(ABC):
             state.status = RequestStatus.DECODING
             if state.next_token and self._recompute_past is None:
                 state.reach = len(row.blocks[0]) * self.cache.store.block_size
-        state.work = [Work(row, feed, keep, group)]
+        state.work = state.next_token if feed == keep == 1 and state.next_token else [Work(row, feed, keep, group)]
         return True
 
     def _start_over(self, state: RequestState, row: Sequence) -> None:

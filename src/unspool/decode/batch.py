@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from unspool.attention.native import NativeAttention
 from unspool.attention.registry import paged_attention
 from unspool.cache.paged import PagedStore
 from unspool.decode.sequence import Group, Work
@@ -56,8 +58,51 @@ def build_batch(
     )
 
 
+class Steady:
+    """The batch of a step in which every row feeds one token, kept for the next one.
+
+    While the same rows go on, a step differs from the one before in little: tokens are others, positions are one on,
+    and few rows have another block.
+
+    Args:
+        work: of the step.
+        batch: its batch.
+    """
+
+    def __init__(self, work: list[Work], batch: Batch) -> None:
+        self._work = work
+        self._batch = batch
+        self._tables = [item.seq.blocks for item in work]
+
+    @classmethod
+    def of(cls, work: list[Work], batch: Batch) -> Steady | None:
+        """`None` where the next batch must be made from the start in any case."""
+        if any(part is not None for part in (batch.keep, batch.extents, batch.trace, batch.embeds)):
+            return None
+        if not isinstance(batch.attend, NativeAttention) or len(batch.tokens) != len(work):
+            return None
+        return cls(work, batch) if all(item.seq.embeds is None for item in work) else None
+
+    def next(self, work: list[Work], device: torch.device) -> Batch | None:
+        """The batch of the next step, where it has the same rows; else this is of no use any more."""
+        if work != self._work:
+            return None
+        rows = [item.seq for item in work]
+        positions = np.array([row.computed for row in rows], dtype=np.int64)
+        tables, before = [row.blocks for row in rows], self._tables
+        changed = [(i, rows[i]) for i, (new, old) in enumerate(zip(tables, before, strict=True)) if new is not old]
+        attend, self._tables = self._batch.attend, tables
+        assert isinstance(attend, NativeAttention)
+        if not attend.advance(positions + 1, changed):
+            return None
+        adapters = self._batch.adapters
+        return Batch(_tokens(work, device), torch.from_numpy(positions), attend, adapters=adapters)
+
+
 def _tokens(work: list[Work], device: torch.device) -> Tensor:
     """The tokens to feed; those in flight are taken from where the device holds them."""
+    if max([item.feed + item.seq.pending for item in work]) == 1:
+        return torch.tensor([item.seq.tokens[item.seq.computed] for item in work], device=device)
     flat: list[int] = []
     flying: dict[int, tuple[Group, list[int], list[int]]] = {}  # group, places among the tokens, numbers of the rows
     for row, feed, _, group in work:

@@ -19,13 +19,14 @@ Failed = Callable[[Group, Exception], None]
 
 @dataclass(slots=True)
 class Flight:
-    """A group's step that was launched and not yet committed."""
+    """A group's step that was launched and not yet committed; `ahead` when the next one may be launched before."""
 
     group: Group
     rows: list[Sequence]
     choice: Choice
     host: Tensor
     ready: torch.cuda.Event | None
+    ahead: bool
 
     def tokens(self) -> list[int]:
         """The chosen tokens; waits for the device when they are not there yet."""
@@ -42,7 +43,8 @@ class Loop:
         runner: computes.
         scheduler: says what to feed; work of one group stands side by side, by ascending row.
         device: where tokens are chosen.
-        in_step: commit each step before the next is planned, because something on the host must see it first.
+        in_step: commit each step before the next is planned, because something on the host must see it first. It may be
+            set anew before each step, also by the plan for the step it makes.
         failed: told when a group fails in its own chooser, sink or watch; without it such an error ends the loop.
     """
 
@@ -75,27 +77,31 @@ class Loop:
         before, self._flights = self._flights, self._launch(work) if work else []
         self._commit(before)
         if self.in_step:
-            flights, self._flights = self._flights, []
-            self._commit(flights)
+            self.settle()
         return bool(work)
 
+    def settle(self) -> None:
+        """Commit what is in flight."""
+        flights, self._flights = self._flights, []
+        self._commit(flights)
+
     def _launch(self, work: list[Work]) -> list[Flight]:
+        parts = _by_group(work)
         want = Want()
-        for item in work:
-            if item.group.watch is not None:
-                want |= item.group.watch.want
+        for items in parts:
+            if items[0].group.watch is not None:
+                want |= items[0].group.watch.want
         output = self.runner.run(work, want)
         for item in work:
             item.seq.computed += item.feed
         flights: list[Flight] = []
         place, token, first = 0, 0, 0
-        for _, part in groupby(work, key=lambda item: id(item.group)):
-            items = list(part)
-            kept, fed = sum(item.keep for item in items), sum(item.feed for item in items)
+        for items in parts:
             mine = output
-            if len(items) < len(work):
+            if len(parts) > 1:
+                kept, fed = sum(item.keep for item in items), sum(item.feed for item in items)
                 mine = _part(output, place, place + kept, token, token + fed, first, first + len(items))
-            place, token, first = place + kept, token + fed, first + len(items)
+                place, token, first = place + kept, token + fed, first + len(items)
             try:
                 flight = self._choose(items, mine)
             except Exception as error:
@@ -131,10 +137,10 @@ class Loop:
 
     def _advance(self, group: Group, rows: list[Sequence], tokens: Tensor) -> None:
         """Make the chosen tokens what the next step feeds, still on the device."""
-        for row in rows:
-            row.pending += 1
         if self.in_step:  # they are on the host before the next step is built
             return
+        for row in rows:
+            row.pending += 1
         if len(rows) == len(group.rows):
             group.last = tokens.clamp_min(0)
         else:
@@ -144,17 +150,18 @@ class Loop:
 
     def _fly(self, group: Group, rows: list[Sequence], choice: Choice) -> Flight:
         if self.device.type != "cuda":
-            return Flight(group, rows, choice, choice.tokens, None)
+            return Flight(group, rows, choice, choice.tokens, None, not self.in_step)
         host = torch.empty(choice.tokens.shape, dtype=torch.int64, pin_memory=True)
         host.copy_(choice.tokens, non_blocking=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        return Flight(group, rows, choice, host, ready)
+        return Flight(group, rows, choice, host, ready, not self.in_step)
 
     def _commit(self, flights: list[Flight]) -> None:
         for flight in flights:
-            for row in flight.rows:
-                row.pending -= 1
+            if flight.ahead:
+                for row in flight.rows:
+                    row.pending -= 1
             try:
                 self._land(flight)
             except Exception as error:
@@ -182,6 +189,13 @@ class Loop:
         if self._failed is None:
             raise error
         self._failed(group, error)
+
+
+def _by_group(work: list[Work]) -> list[list[Work]]:
+    """The work of each group, which stands side by side."""
+    if work[0].group is work[-1].group:
+        return [work]
+    return [list(items) for _, items in groupby(work, key=lambda item: id(item.group))]
 
 
 def _part(output: Output, place: int, end: int, token: int, last: int, first: int, behind: int) -> Output:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from unspool.attention.registry import paged_attention, reads_any_order
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
-from unspool.decode.batch import build_batch
+from unspool.decode.batch import Steady, build_batch
 from unspool.decode.sequence import Sequence, Want, Work
 from unspool.models.adapters import Adapter, Adapters, Mixer
 from unspool.models.base import Batch, ModelSpec, Trace
+
+_NOTHING = Want()
 
 
 @dataclass(slots=True)
@@ -116,18 +118,26 @@ class PagedRunner:
         self._forks = forks
         self._alike = alike
         self._mixer = Mixer()
+        self._steady: Steady | None = None
 
     def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`."""
         if self._rows is not None:
             for item in work:
                 self._make_room(item.seq, item.feed, self._rows)
+        if self._steady is not None:
+            steady = None if want != _NOTHING else self._steady.next(work, self.device)
+            if steady is not None:
+                return Output(self.model.step(steady), [], [])
+            self._steady = None
         order = list(range(len(work)))
         weights: list[list[Tensor]] | None = [] if want.weights else None
         hidden = Trace(want.layers) if want.layers is None or want.layers else None
         if weights is None and hidden is None and not self._forks and not reads_any_order(self.store):
             order.sort(key=lambda i: work[i].seq.blocks[0][0])  # so that attention finds neighbours side by side
         batch = build_batch(work, order, self.store, self.model.spec, self.device, self._mixer, weights, hidden)
+        if weights is None:
+            self._steady = Steady.of(work, batch)
         return Output(self.model.step(batch), weights or [], hidden or [])
 
     def _make_room(self, row: Sequence, feed: int, rows: list[Sequence]) -> None:

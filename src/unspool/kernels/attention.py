@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -49,12 +50,25 @@ class Plan:
         tables: block numbers of each row, for at least as many tokens; those that no token sees may be any number.
         block_size: tokens in a block.
         window: how many tokens a query sees, itself included; `None` sees all before it.
+        ahead: room for so many more blocks of each row, that `advance` may bring.
 
     Raises:
         ValueError: a row has no new tokens or more than it is long, its table is too short or holds a negative number.
     """
 
-    __slots__ = ("_address", "_memory", "_slots", "_tables", "tokens")
+    __slots__ = (
+        "_address",
+        "_block",
+        "_caps",
+        "_ends",
+        "_memory",
+        "_numbers",
+        "_rows",
+        "_slots",
+        "_tables",
+        "_window",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -63,8 +77,11 @@ class Plan:
         tables: Sequence[list[int]],
         block_size: int,
         window: int | None = None,
+        *,
+        ahead: int = 0,
     ) -> None:
         plan = [len(lengths), block_size, window or 0]
+        unused, ends, caps = [0] * ahead, [], []
         blocks: list[int] = []
         tokens = 0
         for length, feed, table in zip(lengths, feeds, tables, strict=True):
@@ -73,19 +90,52 @@ class Plan:
                 raise ValueError(f"a row of {length} tokens cannot have {feed} new ones")
             if need > len(table):
                 raise ValueError(f"a row of {length} tokens does not fit {len(table)} blocks of {block_size}")
-            seen = 0 if window is None else max(0, length - feed + 1 - window) // block_size
+            seen = _seen(length, feed, window, block_size)
             plan += (length, feed, tokens, len(blocks) - seen)  # no block before that is looked up
-            blocks += table[seen:need]
+            end = len(table) if ahead else need
+            blocks += table[seen:end]
+            blocks += unused
+            caps.append(end * block_size)
+            ends.append(len(blocks))
             tokens += feed
         self.tokens = tokens
         # An array of Python's own is made from a list of numbers much faster than numpy's.
         self._memory = array("q", plan + blocks)
-        self._address, size = self._memory.buffer_info()
-        used = np.frombuffer(self._memory, dtype=np.int64)[size - len(blocks) :]
+        self._address, _ = self._memory.buffer_info()
+        self._numbers = np.frombuffer(self._memory, dtype=np.int64)
+        self._rows = self._numbers[3 : len(plan)].reshape(-1, 4)
+        used = self._numbers[len(plan) :]
         self._tables = self._address + 8 * len(plan)
+        self._block, self._window = block_size, window
+        self._ends, self._caps = ends, np.array(caps, dtype=np.int64)
         if (lowest := int(used.min())) < 0:
             raise ValueError(f"a row has the block {lowest}; blocks are counted from 0")
         self._slots = (int(used.max()) + 1) * block_size
+
+    def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, list[int]]]) -> bool:
+        """Make it the plan of a later step, in which the same rows have one new token each.
+
+        Args:
+            lengths: `[rows]`, the new tokens included; not less than before.
+            changed: place and table of each row whose table is another one.
+
+        Returns:
+            Whether it could be; if not, make a new plan.
+        """
+        rows, first = self._rows, 3 + 4 * len(self._rows)
+        for place, table in changed:
+            begin = int(rows[place, 3])
+            seen = _seen(int(lengths[place]), 1, self._window, self._block)
+            blocks = table[seen:]
+            if begin + len(table) > self._ends[place] or min(blocks, default=-1) < 0:
+                return False
+            self._numbers[first + begin + seen : first + begin + len(table)] = blocks
+            self._caps[place] = len(table) * self._block
+            self._slots = max(self._slots, (max(blocks) + 1) * self._block)
+        if bool((lengths > self._caps).any()) or bool((lengths < rows[:, 0]).any()):
+            return False
+        rows[:, 0] = lengths
+        return True
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None
@@ -150,6 +200,11 @@ class Plan:
         if failed:
             raise MemoryError("attention found no memory for its partial results")
         return out
+
+
+def _seen(length: int, feed: int, window: int | None, block_size: int) -> int:
+    """The first block that any of a row's new tokens sees."""
+    return 0 if window is None else max(0, length - feed + 1 - window) // block_size
 
 
 @cache
