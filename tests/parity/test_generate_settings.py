@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from drawn import BEAMS, HISTORY, PLACES, TOKENS, WARPERS, tied
 from families import VOCAB, make_checkpoint
 from hypothesis import HealthCheck, given, reject, settings, strategies as st
 
 import unspool
-
-TOKENS = st.integers(1, VOCAB - 1)
 
 
 @pytest.fixture(scope="module")
@@ -23,42 +22,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return unspool.AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), theirs
 
 
-def optional(**strategies: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({}, optional=strategies)
-
-
-HISTORY = optional(
-    repetition_penalty=st.sampled_from([0.8, 1.0, 1.4, 4.0]),
-    no_repeat_ngram_size=st.integers(1, 3),
-    encoder_repetition_penalty=st.sampled_from([0.7, 1.5]),
-    encoder_no_repeat_ngram_size=st.integers(1, 3),
-    bad_words_ids=st.lists(st.lists(TOKENS, min_size=1, max_size=2), min_size=1, max_size=3),
-    sequence_bias=st.lists(
-        st.tuples(st.lists(TOKENS, min_size=1, max_size=2), st.sampled_from([-5.0, 3.0])),
-        min_size=1, max_size=3, unique_by=lambda pair: tuple(pair[0]),
-    ).map(lambda pairs: [[tokens, bias] for tokens, bias in pairs]),
-)  # fmt: skip
-PLACES = optional(
-    suppress_tokens=st.lists(TOKENS, min_size=1, max_size=6),
-    begin_suppress_tokens=st.lists(TOKENS, min_size=1, max_size=6),
-    forced_eos_token_id=TOKENS,
-    forced_bos_token_id=TOKENS,
-    min_new_tokens=st.integers(1, 9),
-    min_length=st.integers(1, 20),
-    exponential_decay_length_penalty=st.tuples(st.integers(1, 6), st.sampled_from([1.1, 1.6])),
-    remove_invalid_values=st.booleans(),
-    renormalize_logits=st.booleans(),
-)
-WARPERS = optional(
-    temperature=st.sampled_from([0.3, 1.0, 1.7]),
-    top_k=st.sampled_from([0, 3, 40]),
-    top_p=st.sampled_from([0.2, 0.9, 1.0]),
-    min_p=st.sampled_from([0.02, 0.3]),
-    typical_p=st.sampled_from([0.3, 0.9]),
-    epsilon_cutoff=st.sampled_from([0.001, 0.05]),
-    eta_cutoff=st.sampled_from([0.001, 0.05]),
-    top_h=st.sampled_from([0.3, 0.8]),
-)
 KEYS = [654, 400, 836, 123, 340]
 # The class's name and its arguments, for either library.
 MARKS: list[tuple[str, dict[str, Any]] | None] = [
@@ -69,10 +32,6 @@ MARKS: list[tuple[str, dict[str, Any]] | None] = [
     ("SynthIDTextWatermarkingConfig", {"ngram_len": 3, "keys": KEYS, "context_history_size": 5}),
     ("SynthIDTextWatermarkingConfig", {"ngram_len": 5, "keys": KEYS[:2], "skip_first_ngram_calls": True}),
 ]
-BEAMS = optional(
-    length_penalty=st.sampled_from([-1.0, 0.0, 2.0]),
-    early_stopping=st.sampled_from([True, False, "never"]),
-)
 PROMPTS = st.lists(st.lists(TOKENS, min_size=1, max_size=9), min_size=1, max_size=4)
 
 
@@ -141,21 +100,10 @@ def test_any_combination(
         torch.manual_seed(seed)
         detailed = {"return_dict_in_generate": True, "output_logits": True}
         logits = theirs.generate(ids, eos_token_id=eos or None, **kwargs, **marks[1], **detailed).logits
-        if _tied(got, expected, logits, width):
+        if tied(got, expected, logits, width):
             reject()
     assert got.tolist() == expected.tolist()
     assert moved_on == after, "the generator moved on alike"
-
-
-def _tied(got: torch.Tensor, expected: torch.Tensor, logits: tuple[torch.Tensor, ...], width: int) -> bool:
-    """Rows part only where two tokens' logits are equal but for the rounding of either library."""
-    columns = min(got.shape[1], expected.shape[1])
-    for row, (mine, theirs) in enumerate(zip(got[:, :columns], expected[:, :columns], strict=True)):
-        for column in (mine != theirs).nonzero().flatten().tolist()[:1]:
-            scores = logits[column - width][row]
-            if (scores[mine[column]] - scores[theirs[column]]).abs() > 5e-6:
-                return False
-    return not torch.equal(got[:, :columns], expected[:, :columns])
 
 
 def _lean(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,11 @@ MISTAKES: dict[str, Case] = {
         unspool.errors.Unsupported,
         "speculation_type='x'",
     ),
+    "an ensemble of one": (
+        {"prompt_lookup_num_tokens": 2, "assistant_ensemble_weight": 0.5},
+        ValueError,
+        "assistant_ensemble_weight=0.5 .* leave one of them out",
+    ),
     "an assistant without scores": (
         {"is_assistant": True},
         ValueError,

@@ -339,6 +339,20 @@ def test_notebooks_get_a_frame_of_its_own(storyteller: tuple[Any, Any]) -> None:
     assert repr(seen) == "Inspection(1 rows, 2 tokens)"
 
 
+def test_a_token_is_one_piece_and_its_line_break_stands_behind_it(storyteller: tuple[Any, Any]) -> None:
+    model, tokenizer = storyteller
+    inputs = tokenizer(["Once upon a time"], return_tensors="pt")
+    newline = tokenizer("fox.\n").input_ids[-1]
+    output = model.generate(
+        **inputs, **KEEP, max_new_tokens=4, do_sample=False, sequence_bias={(newline,): 50.0}
+    )  # fmt: skip
+    text = tokenizer.decode(output.sequences[0, inputs.input_ids.shape[1] :])
+    assert text.count("\n") >= 2
+    page = unspool.inspect(output, tokenizer).html
+    inside = page[page.index('<div class="text"') : page.index("</div>", page.index('<div class="text"'))]
+    assert inside.count("⏎</span>\n") == text.count("\n") == inside.count("⏎")
+
+
 def test_long_outputs_make_small_pages() -> None:
     rows, steps, vocab = 8, 200, 500
     output = GenerateDecoderOnlyOutput(

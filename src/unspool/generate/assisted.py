@@ -196,6 +196,11 @@ def _drafter(
         early = call.backend.first_layers(int(config.assistant_early_exit))
         return _model_drafter(call, Assistant(early, config), rows, room, noise)
     if config.prompt_lookup_num_tokens is not None:
+        if config.assistant_ensemble_weight is not None:
+            raise ValueError(
+                f"assistant_ensemble_weight={config.assistant_ensemble_weight} weighs a draft model's probabilities, "
+                "which prompt_lookup_num_tokens has not; leave one of them out"
+            )
         tokens, ngram = int(config.prompt_lookup_num_tokens), int(config.max_matching_ngram_size or 2)
         drawn = isinstance(noise, GlobalNoise) and len(rows) == 1 and call.negative is None
         allowed = _allowed(call, columns) if drawn and call.processors else None
