@@ -33,6 +33,7 @@ from unspool import (
     StoppingCriteria,
     register_scheduler,
 )
+from unspool.attention import registry
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13] * 12, [14]]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -297,6 +298,24 @@ def test_a_fault_ends_its_request_alone(fault: str, model: Any, expected: list[l
     assert broken.generated_tokens == expected[0][: len(broken.generated_tokens)]
 
 
+def test_what_is_not_a_number_stays_with_its_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's attention reads rows as a rectangle: what a failed request left in a block must not reach the next."""
+    monkeypatch.setattr(registry, "serves", lambda store: False)
+    manager = make(model, num_blocks=8)
+    store = manager._engine.room.store
+    long = manager.add_request(PROMPTS[2], max_new_tokens=20)
+    bad = manager.add_request([5] * 14, max_new_tokens=20)
+    manager.step()
+    (row,) = next(state.rows for name, state in manager._engine.scheduler.active_requests.items() if name == bad)
+    for pool in (store.keys[0], store.values[0]):
+        pool[[row.blocks[0][0] * 16 + place for place in range(14)]] = float("nan")
+    manager.step()
+    assert isinstance(manager.get_result(bad).exception, NonFiniteLogits)
+    others = [manager.add_request([5 + i] * (2 + i), max_new_tokens=4) for i in range(4)]
+    finish(manager)
+    assert [manager.get_result(name).error for name in (long, *others)] == [None] * 5
+
+
 def test_a_result_handler_that_raises(model: Any, expected: list[list[int]]) -> None:
     def handler(output: GenerationOutput) -> None:
         raise ZeroDivisionError("broken on purpose")
@@ -555,14 +574,43 @@ def test_a_forked_process_does_not_hang(model: Any) -> None:
         assert all(manager.get_result(name, timeout=30).finish_reason == "length" for name in names)
 
 
-def test_the_interpreter_ends_with_a_running_manager(tiny_llama_dir: Path) -> None:
+ENDS = {
+    "while it runs": "manager.get_result(timeout=0.2)",
+    "while it is held": "manager.pause().__enter__()",
+    "while a step hangs": (
+        "manager.add_request([5], stopping_criteria=[lambda ids, scores, **kw: time.sleep(600)])\ntime.sleep(0.2)"
+    ),
+    "after a stop that did not wait": "manager.stop(block=False)",
+    "after a stop that waited too short": "manager.stop(timeout=0.05)",
+    "when it is forgotten": (
+        "thread = manager._worker._thread\ndel manager\ngc.collect()\nthread.join(20)\nassert not thread.is_alive()"
+    ),
+    "in a forked process": (
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    manager.stop()\n"
+        "    del manager\n"
+        "    sys.exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
+        "manager.stop(hard_stop=True)\n"
+        "assert not manager.is_running()"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", sorted(ENDS))
+def test_the_interpreter_ends(way: str, tiny_llama_dir: Path) -> None:
+    if "fork" in way and sys.platform != "linux":
+        pytest.skip("needs fork")
     code = (
-        "import sys, unspool\n"
+        "import gc, logging, os, sys, time, warnings, unspool\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)\n"  # of forks beside threads
+        "logging.disable()\n"
         f"model, _ = unspool.load({str(tiny_llama_dir)!r}, dtype='float32', device='cpu')\n"
         "manager = model.init_continuous_batching({'max_new_tokens': 480, 'eos_token_id': None})\n"
         "manager.start()\n"
         "manager.add_requests([[5, 6]] * 20)\n"
-        "manager.get_result(timeout=0.2)\n"
+        f"{ENDS[way]}\n"
         "print('done')\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -50,6 +50,10 @@ class Blocks:
         assert self._references[block] > 0, f"block {block} is free"
         self._kept.add(block)
 
+    def is_kept(self, block: int) -> bool:
+        """Whether `block` is marked to be kept."""
+        return block in self._kept
+
     def let_go(self, block: int) -> None:
         """Keep `block` no longer; it is free when nobody refers to it."""
         self._kept.discard(block)
