@@ -58,6 +58,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
     {"do_sample": True, "seed": 7, "min_p": 0.05, "top_k": 0},
 ]
+MODES: dict[str, dict[str, Any]] = {
+    "beams": {"do_sample": False, "num_beams": 3},
+    "looked up": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "early exit": {"do_sample": True, "seed": 8, "assistant_early_exit": 1},
+    "guided": {"do_sample": True, "seed": 9, "guidance_scale": 1.7, "negative_prompt_ids": [*PREFIX[:20], 60]},
+    "guided beams": {"do_sample": False, "num_beams": 2, "guidance_scale": 1.7},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "layers": {"do_sample": True, "seed": 10, "dola_layers": "low", "repetition_penalty": 1.2},
+    "prompt told": {"do_sample": False, "prompt_logprobs": 2},
+}
 Result = tuple[list[int], list[float]]
 
 needs_kernels = pytest.mark.skipif(
@@ -247,3 +257,39 @@ def test_what_is_in_flight_when_everything_is_cancelled(model: Any) -> None:
     assert {manager.get_result(name).finish_reason for name in names[1:]} == {"cancelled"}
     assert not manager._engine._loop._flights
     check_all_given_back(manager._engine.room)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_in_every_company(mode: str, model: Any) -> None:
+    """Bit for bit also where rows are decided together, beside all other modes, chunked, put back and found stored."""
+
+    def ask(manager: Any, prompt: list[int]) -> str:
+        return str(manager.add_request(prompt, max_new_tokens=9, eos_token_id=None, top_logprobs=2, **MODES[mode]))
+
+    def made(manager: Any, name: str) -> tuple[Any, ...]:
+        while manager.step():
+            pass
+        one = manager.get_result(name)
+        assert one.error is None
+        return one.generated_tokens, one.logprobs, [[*best.values()] for best in one.top_logprobs], one.prompt_logprobs
+
+    manager = manager_of(model)
+    exact = made(manager, ask(manager, PROMPTS[0]))
+    little = {"num_blocks": 10, "safety_margin": 0.0, "max_batch_tokens": 60}
+    for case in ({}, {"max_batch_tokens": 9}, little, {"scheduler_type": "prefill_first", "max_batch_tokens": 21}):
+        manager = manager_of(model, **case)
+        for i in range(2):
+            add(manager, i)
+        manager.step()
+        name = ask(manager, PROMPTS[0])
+        for other in (*MODES, mode):
+            manager.add_request(PROMPTS[2], max_new_tokens=7, eos_token_id=None, **MODES[other])
+        got = made(manager, name)
+        assert (manager.metrics.preemptions > 0) == (case is little)
+        assert got[0] == exact[0]
+        if model.dtype is torch.bfloat16:
+            assert got == exact
+        else:
+            assert got[1] == pytest.approx(exact[1], abs=1e-4)
+        again = made(manager, ask(manager, PROMPTS[0]))  # with much of the prompt stored
+        assert again == exact if model.dtype is torch.bfloat16 else again[0] == exact[0]

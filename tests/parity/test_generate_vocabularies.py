@@ -169,3 +169,18 @@ def test_wrong_tokenizers_are_refused(story: tuple[Any, Any], other: tuple[Any, 
         model.generate(ids, assistant_tokenizer=draft_tokenizer)
     with pytest.raises(ValueError, match="no token in common"):
         model.generate(ids, assistant_model=draft, tokenizer=tokenizer, assistant_tokenizer=strangers, do_sample=True)
+
+
+@pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "seed": 4}], ids=["greedy", "seeded"])
+def test_requests_of_one_batch(drawn: dict[str, Any], story: tuple[Any, Any], other: tuple[Any, Any, Path]) -> None:
+    (model, tokenizer), (draft, words, _) = story, other
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    settings = {"max_new_tokens": 24, "do_sample": False, **CONFIDENT} | drawn
+    plain = model.generate_batch(prompts, **settings)
+    outputs = model.generate_batch(
+        prompts, assistant_model=draft, tokenizer=tokenizer, assistant_tokenizer=words, **settings
+    )
+    assert [one.error for one in outputs.values()] == [None] * len(prompts)
+    for output, wanted in zip(outputs.values(), plain.values(), strict=True):
+        assert output.generated_tokens == wanted.generated_tokens
+    assert sum(one.usage.accepted_tokens for one in outputs.values()) > 0
