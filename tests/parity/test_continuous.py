@@ -209,6 +209,28 @@ def test_every_family_like_transformers(family: str, tmp_path: Path) -> None:
         assert output.generated_tokens == theirs.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("family", ["phi3-longrope", "llama-rope-dynamic"])
+def test_rows_that_are_computed_anew_with_length(family: str, tmp_path: Path) -> None:
+    """Rows decided together too, of which some pass the length before others."""
+    make_checkpoint(family, tmp_path)
+    model = unspool.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    manager = model.init_continuous_batching(
+        NEVER | {"max_new_tokens": 24}, continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=29)
+    )
+    modes = ["greedy", "beams", "looked up", "guided", "guided beams", "guided and looked up", "contrastive and guided"]
+    asked = [(PROMPTS[prompt], SETTINGS[mode]) for prompt in (0, 2, 4) for mode in modes]
+    names = [manager.add_request(prompt, **mode) for prompt, mode in asked]
+    while manager.step():
+        pass
+    for name, (prompt, mode) in zip(names, asked, strict=True):
+        call = NEVER | {"max_new_tokens": 24} | mode
+        if "negative_prompt_ids" in call:
+            call["negative_prompt_ids"] = torch.tensor(call["negative_prompt_ids"])
+        wanted = model.generate(torch.tensor([prompt]), **call)[0, len(prompt) :].tolist()
+        made = manager.get_result(name).generated_tokens
+        assert made == wanted[: len(made)] and len(made) > 0
+
+
 def test_stop_strings(tiny_llama_dir: Path) -> None:
     model, tokenizer = unspool.load(tiny_llama_dir, dtype="float32", device="cpu")
     prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "The fox", "river")]

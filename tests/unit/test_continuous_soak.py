@@ -47,6 +47,11 @@ def wanted(chance: random.Random) -> dict[str, Any]:
         {"do_sample": True, "seed": 3, "repetition_penalty": 1.2},
         {"do_sample": False, "num_beams": 2, "num_return_sequences": 2},
         {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "seed": 4, "guidance_scale": 1.5, "negative_prompt_ids": [7] * chance.choice([1, 20])},
+        {"do_sample": False, "guidance_scale": 1.5, "num_beams": 2, "logits_processor": [sometimes(chance, 0.05)]},
+        {"do_sample": False, "guidance_scale": 1.5, "prompt_lookup_num_tokens": 3},
+        {"penalty_alpha": 0.6, "top_k": 3, "logits_processor": [sometimes(chance, 0.05)]},
+        {"dola_layers": "low", "repetition_penalty": 1.2, "prompt_logprobs": 1},
         {"do_sample": False, "logits_processor": [sometimes(chance, 0.1)]},
         {"do_sample": False, "stopping_criteria": [lambda ids, scores, **kw: ids[0, -1] % 5 == 0]},
     ]

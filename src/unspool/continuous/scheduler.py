@@ -358,7 +358,8 @@ class Scheduler(ABC):
         parents = [lead if state.rows[lead].computed else place for place, lead in enumerate(state.leaders)]
         if any(parent != place and not state.rows[place].blocks for place, parent in enumerate(parents)):
             self.cache.store.reparent(state.rows, parents)
-            state.started_over.update(state.rows if state.started_over else ())
+            pairs = zip(state.rows, state.leaders, strict=True)
+            state.started_over |= {row for row, lead in pairs if state.rows[lead] in state.started_over}
 
 
 class FIFOScheduler(Scheduler):
