@@ -19,6 +19,7 @@ import unspool
 from unspool.bridge import probe
 from unspool.bridge.rows import RowsRunner
 from unspool.decode.runner import PagedRunner
+from unspool.kernels import plain
 
 PROPERTY = vars(PreTrainedConfig)["_attn_implementation"]
 
@@ -277,3 +278,20 @@ def test_continuous_batching_of_adapted_and_of_other_modules() -> None:
         unspool.wrap(architecture("bloom")).generate_batch([[3, 4]], max_new_tokens=2)
     with pytest.raises(TypeError, match=r"unspool\.wrap"):
         unspool.ContinuousBatchingManager(make_model("llama"))
+
+
+def test_products_of_few_rows_are_ours_in_this_thread_alone() -> None:
+    """In bf16, and only while a step runs: a linear layer's own forward is back afterwards."""
+    forward = torch.nn.Linear.forward
+    model = make_model("llama").bfloat16()
+    seen: list[bool] = []
+
+    class Norm(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.nn.Linear.forward is not forward)
+            return super().forward(x)
+
+    model.model.norm.__class__ = Norm
+    unspool.wrap(model).generate(**prompts(4), max_new_tokens=3)
+    assert any(seen) == plain.usable()
+    assert torch.nn.Linear.forward is forward

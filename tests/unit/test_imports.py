@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "models": {"config", "attention", "cache.layout", "kernels"},
     "weights": {"config", "models", "kernels"},
-    "bridge": {"config", "models.base", "models.adapters", "attention", "cache", "decode"},
+    "bridge": {"config", "models.base", "models.adapters", "attention", "cache", "decode", "kernels"},
     "decode": {"config", "models.base", "models.adapters", "cache", "attention", "logits", "stopping"},
     "generate": {
         "config",
