@@ -91,7 +91,7 @@ def _install() -> None:
         _originals = vars(base)["_attn_implementation"], nn.Linear.forward
         base._attn_implementation = _told(_originals[0])
         if usable():
-            nn.Linear.forward = _multiplied(_originals[1])  # type: ignore[method-assign]
+            nn.Linear.forward = _multiplied(_originals[1])  # type: ignore[method-assign, assignment]
 
 
 def _remove() -> None:

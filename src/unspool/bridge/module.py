@@ -76,6 +76,7 @@ class Foreign:
         self.from_transformers = theirs is not None and isinstance(module, theirs)
         # a wrapper's forward takes anything: its hook tells, or the module inside
         self.arguments, self.open = _arguments(module.forward)
+        self._prepared: set[str] | None = None  # what prepare_inputs_for_generation takes, once it was asked
         if not self.open and not self.arguments & {self.ids_name, "inputs_embeds", "input_ids"}:
             raise TypeError(
                 f"{type(module).__name__}.forward takes no {self.ids_name}; generation needs "
@@ -160,7 +161,9 @@ class Foreign:
         hook = self.hook("prepare_inputs_for_generation")
         if hook is None:
             return self._arguments_of(ids, inputs, fed, first)
-        names, _ = _arguments(hook)
+        if self._prepared is None:
+            self._prepared = _arguments(hook)[0]
+        names = self._prepared
         extra: dict[str, Any] = {}
         if (self.from_transformers and not self.by_place) or "next_sequence_length" in names:
             extra["next_sequence_length"] = fed
