@@ -5,18 +5,28 @@
 // which order, is the same for any number of rows and threads: a row's results are the same bits alone and in company.
 
 #include "parallel.h"
-#include "simd.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 
-#define UNSPOOL_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 takes the "undefined" operands inside its own intrinsics for ours
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define UNSPOOL_PLAIN __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 namespace unspool {
 namespace {
 
+using bf16 = std::uint16_t;
+
+constexpr i64 kLanes = 16;
 constexpr i64 kInputs = 32;       // of one instruction
 constexpr int kMostRows = 8;      // of a tile
 constexpr i64 kSerial = 1 << 16;  // up to so many products, starting threads costs more than it saves
@@ -32,7 +42,7 @@ struct Product {
 constexpr int wide(int rows) { return rows <= 3 ? 8 : rows == 4 ? 6 : rows <= 6 ? 4 : 3; }
 
 // Lane j of the result is the sum of the lanes of x[j], always in the same order.
-UNSPOOL_BF16 inline __m512 sums_of(const __m512 (&x)[kLanes]) {
+UNSPOOL_PLAIN inline __m512 sums_of(const __m512 (&x)[kLanes]) {
     __m512 fours[4];  // within each quarter, one sum for each of four
     for (int i = 0; i < 4; i++) {
         const __m512 *v = x + 4 * i;
@@ -50,7 +60,7 @@ UNSPOOL_BF16 inline __m512 sums_of(const __m512 (&x)[kLanes]) {
 
 // Adds the products of some inputs to the sums.
 template <int Rows, int Outputs>
-UNSPOOL_BF16 inline void accumulate(__m512 (&sums)[Rows][Outputs], const bf16* weight, i64 inputs, const bf16* x,
+UNSPOOL_PLAIN inline void accumulate(__m512 (&sums)[Rows][Outputs], const bf16* weight, i64 inputs, const bf16* x,
                                     i64 stride, __mmask32 there) {
     __m512bh lines[Outputs];
 #pragma GCC unroll 8
@@ -65,7 +75,7 @@ UNSPOOL_BF16 inline void accumulate(__m512 (&sums)[Rows][Outputs], const bf16* w
 
 // Some rows and outputs, all inputs: added up, with the bias, rounded and written.
 template <int Rows, int Outputs>
-UNSPOOL_BF16 void tile(const Product& p, i64 output, i64 row, const bf16* x, i64 stride) {
+UNSPOOL_PLAIN void tile(const Product& p, i64 output, i64 row, const bf16* x, i64 stride) {
     __m512 sums[Rows][Outputs] = {};
     const bf16* weight = p.weight + output * p.inputs;
     i64 i = 0;
@@ -92,7 +102,8 @@ UNSPOOL_BF16 void tile(const Product& p, i64 output, i64 row, const bf16* x, i64
             }
             total = _mm512_add_ps(total, _mm512_loadu_ps(bias));
         }
-        Bf16::store(results + part * kLanes, total);
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(total);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(results + part * kLanes), rounded);
     }
     for (int r = 0; r < Rows; r++)
         __builtin_memcpy(p.out + (row + r) * p.outputs + output, results + r * Outputs, Outputs * sizeof(bf16));

@@ -14,19 +14,18 @@ from unspool.kernels import native
 
 __all__ = ["product", "usable"]
 
-# Level of the library at which it has these kernels: AVX-512 BF16.
-_LEVEL = 2
+_LEVELS = ("avx512-bf16", "amx")
 # Up to so many rows; PyTorch is as fast at more.
-_MOST_ROWS = 16
+_MOST_ROWS = 12
 # Counts are declared as pointers too, which is the cheaper conversion; both have 64 bits.
 _WORD, _INT = ctypes.c_void_p, ctypes.c_int
-if native.level() >= _LEVEL:
+if native.level() in _LEVELS:
     _multiply = native.function("unspool_plain_bf16", None, *(_WORD,) * 8, _INT)
 
 
 def usable() -> bool:
     """Whether there are such products here."""
-    return native.level() >= _LEVEL
+    return native.level() in _LEVELS
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
