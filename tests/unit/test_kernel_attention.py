@@ -272,6 +272,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         (q, k, v, keys, values[:48]),
         (q, k, v, keys.transpose(0, 1).contiguous().transpose(0, 1), values),
         *[tuple(x.half() for x in (q, k, v, keys, values))],
+        (q.to("meta"), k, v, keys, values),
+        (q, k, v, keys, values.to("meta")),
     ]
     for tensors in wrong:
         with pytest.raises(ValueError, match="cannot take"):
@@ -280,6 +282,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         Plan([33], [1], [[0, 1]], 16)
     with pytest.raises(ValueError, match="counted from 0"):
         Plan([33], [1], [[0, 1, -2]], 16)
+    for block, window in ((8, None), (0, None), (16, 0), (16, -3)):
+        with pytest.raises(ValueError, match=f"blocks of {block} tokens and a window of {window} cannot be"):
+            Plan([6], [1], [[0]], block, window)
     for feed in (0, 34):
         with pytest.raises(ValueError, match="cannot have"):
             Plan([33], [feed], [[0, 1, 2]], 16)

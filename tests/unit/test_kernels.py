@@ -163,13 +163,16 @@ def test_says_whether_the_kernels_are_in_use_and_why() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("content", [b"", b"not a library"])
-def test_a_damaged_library_is_not_used(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "_native.so").write_bytes(content)
+@pytest.mark.parametrize("kept", [None, 0, 40, 5000, 0.5, 0.99])
+def test_a_damaged_library_is_not_used(kept: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is none, or of which only the first bytes or a part are there."""
+    whole = next(Path(native.__file__).parent.glob("_native*.so")).read_bytes()
+    part = b"not a library" if kept is None else whole[: int(kept if kept > 1 else kept * len(whole))]
+    (tmp_path / "_native.so").write_bytes(part)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     found = native._load.__wrapped__()
     assert found.library is None
-    assert "does not load" in found.words
+    assert found.words == "compiled kernels not in use: _native.so is damaged; install unspool anew"
     (tmp_path / "_native.so").unlink()
     assert "not built" in native._load.__wrapped__().words
 
@@ -180,6 +183,47 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
     found = native._load.__wrapped__()
     assert found.library is None
     assert "install unspool anew" in found.words
+
+
+class Machine:
+    """Stands for a library on some machine."""
+
+    def __init__(self) -> None:
+        self.chosen: int | None = None
+
+    def unspool_choose(self, index: int) -> None:
+        self.chosen = index
+
+    def unspool_has_threads(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("lacks", "wanted", "level", "why"),
+    [
+        (["", "", ""], "", "amx", "the best of this kind of processor"),
+        (["", "", "AMX"], "", "avx512", "this machine lacks AMX"),
+        (["", "", "the operating system's permission for AMX"], "", "avx512", "the operating system's permission"),
+        (
+            ["", "", "AMX that computes right"],
+            "amx",
+            "avx512",
+            "UNSPOOL_KERNELS=amx is not used: this machine lacks",
+        ),
+        (["", "AVX-512 VNNI", "AVX-512 VNNI"], "", "avx2", "this machine lacks AVX-512 VNNI"),
+        (["", "", "AMX"], "avx2", "avx2", "UNSPOOL_KERNELS=avx2"),
+        (["", "", "AMX"], "sse", "avx512", "UNSPOOL_KERNELS=sse is not used: it may be 0, avx2, avx512"),
+        (["AVX2", "AVX2", "AVX2"], "", None, "this machine lacks AVX2"),
+    ],
+)
+def test_the_level_is_what_the_machine_has(lacks: list[str], wanted: str, level: str | None, why: str) -> None:
+    """Also an old processor, and a hypervisor that hides what there is."""
+    machine = Machine()
+    found = native._choose(machine, dict(zip(("avx2", "avx512", "amx"), lacks, strict=True)), wanted)  # type: ignore[arg-type]
+    assert found.level == level
+    assert why in found.words
+    assert machine.chosen == {"avx2": 0, "avx512": 1, "amx": 2, None: None}[level]
+    assert (found.library is None) == (level is None)
 
 
 @compiled

@@ -172,6 +172,8 @@ def test_what_does_not_fit_is_refused() -> None:
         made.write(0, zeros, torch.zeros(2, 2))
     with pytest.raises(ValueError, match="`codes` must be uint8"):
         made.write(0, zeros.int(), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="`table` must be"):
+        PackedCodes(48, 128, torch.zeros(8), 64)
     for table, group in ((NF4.table, 48), (NF4.table, 0), (None, 64)):
         with pytest.raises(ValueError, match="has no packed layout"):
             PackedCodes(48, 128, None if table is None else torch.tensor(table), group)

@@ -53,7 +53,8 @@ class Plan:
         ahead: room for so many more blocks of each row, that `advance` may bring.
 
     Raises:
-        ValueError: a row has no new tokens or more than it is long, its table is too short or holds a negative number.
+        ValueError: a row has no new tokens or more than it is long, its table is too short or holds a negative number,
+            blocks are of no whole sixteens, or a window sees nothing.
     """
 
     __slots__ = (
@@ -80,6 +81,10 @@ class Plan:
         *,
         ahead: int = 0,
     ) -> None:
+        if block_size % 16 or block_size < 1 or (window is not None and window < 1):
+            raise ValueError(
+                f"blocks of {block_size} tokens and a window of {window} cannot be; they are 16 n and 1 or more"
+            )
         plan = [len(lengths), block_size, window or 0]
         unused, ends, caps = [0] * ahead, [], []
         blocks: list[int] = []
@@ -168,6 +173,7 @@ class Plan:
             or dim % 16
             or dim > _MOST_DIM
             or not dtype == k.dtype == v.dtype == keys.dtype == values.dtype
+            or not (q.is_cpu and k.is_cpu and v.is_cpu and keys.is_cpu and values.is_cpu)
             or not (keys.is_contiguous() and values.is_contiguous())
         ):
             raise ValueError(

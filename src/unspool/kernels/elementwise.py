@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis of `x` `[..., width]`, accumulated in fp32."""
     size = _bytes(x)
     width = x.shape[-1]
-    if not (size and weight.dtype == x.dtype and weight.shape == (width,) and weight.is_contiguous()):
+    if not (size and weight.dtype == x.dtype and weight.is_cpu and weight.shape == (width,) and weight.is_contiguous()):
         return _rms_norm_torch(x, weight, eps)
     x = x.contiguous()  # PyTorch would round a part of many rows otherwise than of one, which is contiguous
     out = torch.empty_like(x)
@@ -65,6 +65,8 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
         and x.is_contiguous()
         and branch.is_contiguous()
         and weight.is_contiguous()
+        and branch.is_cpu
+        and weight.is_cpu
     ):
         total = x + branch if torch.is_grad_enabled() else branch.add_(x)
         return total, _rms_norm_torch(total, weight, eps)
@@ -87,7 +89,7 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
 def silu_gate(x: Tensor) -> Tensor:
     """`silu(gate) * up` `[rows, width]` of `x` `[rows, 2 * width]`, each row of which is a gate and then `up`."""
     size = _bytes(x)
-    if not (size and x.is_contiguous()):
+    if not (size and x.is_contiguous() and x.shape[-1] % 2 == 0):
         gate, up = x.chunk(2, dim=-1)
         gate = F.silu(gate)
         return gate * up if torch.is_grad_enabled() else gate.mul_(up)
@@ -116,8 +118,11 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         and x.stride()[1:] == (dim, 1)
         and width <= dim
         and cos.shape == sin.shape == (tokens, 1, width)
+        and width % 2 == 0
         and cos.is_contiguous()
         and sin.is_contiguous()
+        and cos.is_cpu
+        and sin.is_cpu
     ):
         _turn(
             size,

@@ -33,12 +33,20 @@ def encode(rows: Tensor, group: int, bits: int, bounds: Tensor | None, order: Te
         group: inputs that share a scale.
         bits: of a code; 8 and 4 are evenly spaced, but for four with a table.
         bounds, order: `[15]` fp32 and `[16]` uint8: the code of a number above `i` bounds is `order[i]`.
+
+    Raises:
+        ValueError: rows that are not `usable`, no group, or a table of another size.
     """
     count, inputs = rows.shape
+    table = bounds is None or order is None or (bounds.shape, order.shape) == ((15,), (16,))
+    if not usable(rows) or group < 1 or bits not in (4, 8) or not table:
+        raise ValueError(f"{rows.dtype} rows of {inputs} cannot be quantised to {bits} bits in groups of {group} here")
     rows = rows.contiguous()
     codes = torch.empty(count, inputs, dtype=torch.uint8)
     scales = torch.empty(count, -(-inputs // group))
     kind = 0 if bits == 8 else 1 if bounds is None or order is None else 2
+    bounds = None if bounds is None else bounds.float().cpu().contiguous()
+    order = None if order is None else order.to("cpu", torch.uint8).contiguous()
     between = None if bounds is None else bounds.data_ptr()
     placed = None if order is None else order.data_ptr()
     wide = rows.dtype == torch.float32

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +88,8 @@ def _look() -> _Loaded:
     files = sorted(Path(__file__).parent.glob("_native*.so"))
     if not files:
         return _off("they were not built (a C++ compiler is needed when unspool is installed)")
+    if not _whole(files[0]):
+        return _off(f"{files[0].name} is damaged; install unspool anew")
     try:
         loaded = ctypes.CDLL(str(files[0]))
         interface = loaded.unspool_interface()
@@ -102,6 +106,21 @@ def _look() -> _Loaded:
     if not lacks:
         return _off("there are none for this kind of processor")
     return _choose(loaded, lacks, wanted)
+
+
+def _whole(file: Path) -> bool:
+    """Whether nothing is cut off a Linux library (ELF); loading what is cut would end the process.
+
+    Its list of sections, which the header points to, comes last in the file.
+    """
+    with file.open("rb") as stream:
+        header = stream.read(64)
+    if header[:5] != b"\x7fELF\x02":
+        return sys.platform != "linux"
+    if len(header) < 64:
+        return False
+    (start,), (size, count) = struct.unpack_from("<Q", header, 0x28), struct.unpack_from("<HH", header, 0x3A)
+    return int(start) + int(size) * int(count) <= file.stat().st_size
 
 
 def _choose(loaded: ctypes.CDLL, lacks: dict[str, str], wanted: str) -> _Loaded:

@@ -76,6 +76,8 @@ class PackedCodes:
         if functions is None:
             raise ValueError(f"quantised weights cannot be packed here: {native.describe()}")
         nibbles = table is not None
+        if table is not None and table.shape != (16,):
+            raise ValueError(f"`table` must be [16], for codes of four bits; got {list(table.shape)}")
         if min(outputs, inputs) < 1 or (group % 32 or group < 1 if nibbles else group != inputs or offsets):
             raise ValueError(f"a weight [{outputs}, {inputs}] in groups of {group} has no packed layout")
         self.outputs, self.inputs, self.table, self.group = outputs, inputs, table, group
@@ -126,6 +128,8 @@ class PackedCodes:
             )
         if scales.shape != (count, groups) or (offsets is not None) != (self._offsets is not None):
             raise ValueError(f"`scales` {list(scales.shape)} do not fit: this weight has {groups} groups in a row")
+        if offsets is not None and offsets.shape != scales.shape:
+            raise ValueError(f"`offsets` {list(offsets.shape)} must have the shape of `scales` {list(scales.shape)}")
         if codes.dtype != torch.uint8 or not codes.is_cpu:
             raise ValueError(f"`codes` must be uint8 on the CPU; got {codes.dtype} on {codes.device}")
         codes, scales = codes.contiguous(), scales.detach().float()
