@@ -208,13 +208,15 @@ using Tile = void (*)(const Weight&, const Result&, i64, i64, const Steps&);
 template <class Kind>
 constexpr bool holds(i64 rows, i64 blocks) { return rows * blocks * kSplit <= Kind::kSums; }
 
+template <class Kind, int Blocks, int Rows>
+constexpr Tile tile_if_it_holds() {
+    if constexpr (holds<Kind>(Rows, Blocks)) return tile<Kind, Rows, Blocks>;
+    return nullptr;
+}
+
 template <class Kind, int Blocks, int... Rows>
 constexpr Tile tile_of(i64 rows, std::integer_sequence<int, Rows...>) {
-    constexpr auto one = []<int R>(std::integral_constant<int, R>) -> Tile {
-        if constexpr (holds<Kind>(R, Blocks)) return tile<Kind, R, Blocks>;
-        return nullptr;
-    };
-    constexpr Tile tiles[] = {one(std::integral_constant<int, Rows + 1>{})...};
+    constexpr Tile tiles[] = {tile_if_it_holds<Kind, Blocks, Rows + 1>()...};
     return tiles[rows - 1];
 }
 
