@@ -64,9 +64,12 @@ class ModelDrafter:
     def draft(self, rows: Items[Sequence]) -> None:
         """See `Drafter`."""
         live: list[tuple[Sequence, Sequence, list[int]]] = []
+        most: int | float = math.inf
+        if self._device.type == "cpu":
+            most = self._rules.share(sum(row.finish is None for row in rows))
         for row in rows:
             row.draft = []
-            tokens = min(self._paces[row.row].next(row), self._room(row) - 1)
+            tokens = int(min(self._paces[row.row].next(row), self._room(row) - 1, most))
             if tokens <= 0 or row.finish is not None:
                 continue
             known = self._words.known(row)
@@ -108,11 +111,12 @@ class ModelDrafter:
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """Take one step's tokens of the draft model; see `Sink`."""
         assert choice.scores is not None
-        confidence, sure = self._rules.confidence, None
+        confidence, sure, distributions = self._rules.confidence, None, choice.scores
         if confidence > 0:
-            picked = choice.scores.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0]
-            sure = (picked - choice.scores.logsumexp(dim=-1) >= math.log(confidence)).tolist()
-        distributions = choice.scores if self._distributions is None else choice.scores.softmax(dim=-1)
+            distributions = choice.scores.softmax(dim=-1)
+            sure = (distributions.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0] >= confidence).tolist()
+        elif self._distributions is not None:
+            distributions = choice.scores.softmax(dim=-1)
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
                 row.finish = "stop"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from unspool.config import GenerationConfig
 from unspool.decode.sequence import Sequence
+
+# Tokens, drafts included, that one step on a CPU takes without getting slower for each.
+_CHECKED = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +23,22 @@ class DraftRules:
             after any other (`"heuristic_transient"` is the same here, where nothing is kept from call to call).
         confidence: a draft ends with the first token that the draft model gives less probability; 0 never does.
         eos: end tokens; a draft ends with one.
+        fixed: the caller named the number of tokens, so it holds for any number of rows.
     """
 
     tokens: int
     schedule: str = "constant"
     confidence: float = 0.0
     eos: frozenset[int] = frozenset()
+    fixed: bool = False
+
+    def share(self, rows: int) -> int | float:
+        """Most tokens of each draft where `rows` are checked in one step on a CPU.
+
+        There a step's time grows with its tokens from about 24 on, so that long drafts of many rows cost more than the
+        steps they spare.
+        """
+        return math.inf if self.fixed else max(1, _CHECKED // max(1, rows) - 1)
 
 
 class Pace:
@@ -52,8 +66,11 @@ class Pace:
 def draft_setting(config: GenerationConfig, assistant: GenerationConfig, name: str) -> Any:
     """A setting of drafts: what the caller set, else what the assistant's own settings say, else the default."""
     own = getattr(assistant, name, None)
-    by_caller = (config._sources or {}).get(name) in ("call", "object")
-    return own if own is not None and not by_caller else getattr(config, name)
+    return own if own is not None and not _by_caller(config, name) else getattr(config, name)
+
+
+def _by_caller(config: GenerationConfig, name: str) -> bool:
+    return (config._sources or {}).get(name) in ("call", "object")
 
 
 def draft_rules(config: GenerationConfig, assistant: GenerationConfig, eos: frozenset[int]) -> DraftRules:
@@ -63,4 +80,5 @@ def draft_rules(config: GenerationConfig, assistant: GenerationConfig, eos: froz
         schedule=str(draft_setting(config, assistant, "num_assistant_tokens_schedule")),
         confidence=float(draft_setting(config, assistant, "assistant_confidence_threshold") or 0.0),
         eos=eos,
+        fixed=_by_caller(config, "num_assistant_tokens"),
     )
