@@ -5,19 +5,24 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST := $(VENV)-oldest
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 # A test process for each core, each with one thread; the models are tiny.
 PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses=4
 
+# The parity core, which the oldest transformers is tested with too.
+OLDEST_TESTS := $(addprefix tests/parity/test_,$(addsuffix .py,adapters architectures auto_classes generate \
+	generate_beams generate_inputs interop models_logits own_modules quantised_checkpoints seed_pages stop_strings))
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format typecheck bench train clean
+.PHONY: help demo test test-full test-oldest lint format typecheck bench train clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## install, then write a story with the built-in model
 	@$(BIN)/unspool generate "Once upon a time"
@@ -27,6 +32,9 @@ test: $(VENV)/.installed-dev  ## install, then run the tests
 
 test-full: $(VENV)/.installed-dev  ## all tests, the wide ones included
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.installed  ## the parity core with the oldest transformers, in an environment of its own
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses=4 -m "not full" $(OLDEST_TESTS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -48,7 +56,7 @@ train: $(VENV)/.installed-dev  ## train the built-in model anew
 	$(BIN)/python training/train.py --out src/unspool/assets
 
 clean:  ## remove the virtual environment and every cache
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is asked for torch alone first, so that TORCH_INDEX serves torch and nothing else.
@@ -68,4 +76,16 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what the tests need into $(VENV)."
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# Only what differs is installed: everything else, torch above all, is the first environment's.
+$(OLDEST)/.installed: constraints-oldest.txt $(VENV)/.installed-dev
+	@echo "Making $(OLDEST) with the oldest transformers."
+	@rm -rf $(OLDEST)
+	@$(BIN)/python -m venv --without-pip $(OLDEST)
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $(OLDEST)/first.pth
+	@mv $(OLDEST)/first.pth $$($(OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')
+	@$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet --disable-pip-version-check \
+		-c constraints-oldest.txt transformers
 	@touch $@
