@@ -183,7 +183,8 @@ class AutoModelForCausalLM:
             local_files_only: Never touch the network.
             force_download: Download again what is in the cache already.
             trust_remote_code: Passed on to transformers; native models never run code from a repository.
-            quantization_config: Quantise while loading: a `BitsAndBytesConfig`, transformers' own, or a dictionary.
+            quantization_config: Quantise while loading: a `BitsAndBytesConfig`, transformers' own or its
+                `TorchAoConfig`, or a dictionary of one's fields.
             attn_implementation: `"sdpa"`, `"eager"` or `None`, which are one here; others are refused.
             low_cpu_mem_usage: Accepted, and without effect: loading always streams tensor by tensor.
             use_safetensors: `False` is refused: no other format is read.
@@ -214,9 +215,9 @@ class AutoModelForCausalLM:
             reason = f"{pretrained_model_name_or_path!r} is a {family} model, which is not native here"
             return through_transformers("AutoModelForCausalLM", pretrained_model_name_or_path, reason, arguments)
         if quantization_config is not None:
-            from unspool.config import BitsAndBytesConfig
+            from unspool.weights.quant import quantiser
 
-            quantization_config = BitsAndBytesConfig.of(quantization_config)
+            quantiser(quantization_config)  # what is wrong with it is said before anything is downloaded
         if attn_implementation not in (None, "sdpa", "eager"):
             raise ValueError(
                 f"attn_implementation={attn_implementation!r} is not known; leave it out (the device decides)"

@@ -225,6 +225,93 @@ def test_compressed_tensors_of_eight_bits(llama: Path, copied: Path) -> None:
     assert near(logits(ours), logits(load_model(llama))) < 0.1
 
 
+WAYS = {
+    "w4": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    "w8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+    "w8 groups": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+    "fp8 tensor": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+def test_what_compressed_tensors_writes(way: str, llama: Path, tmp_path: Path) -> None:
+    """The library quantises, transformers saves and loads it again, and we read the same and decode both."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from transformers import AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**WAYS[way]))
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], quantization_status="frozen")
+    apply_quantization_config(made, config)
+    for module in made.modules():
+        if hasattr(module, "quantization_scheme"):
+            weight = module.weight.data
+            count = module.weight_scale.numel() // weight.shape[0]
+            rows = weight.view(weight.shape[0], count, -1) if count else weight.view(1, 1, -1)
+            scales, _ = calculate_qparams(rows.amin(-1), rows.amax(-1), module.quantization_scheme.weights)
+            module.weight_scale.data.copy_(scales.reshape(module.weight_scale.shape))
+    compressor = ModelCompressor.from_pretrained_model(made)
+    compressor.compress_model(made)
+    made.save_pretrained(tmp_path / "made")
+    compressor.update_config(tmp_path / "made")
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)
+    expected = theirs.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(unspool.wrap(theirs).generate(IDS, max_new_tokens=5, do_sample=False), expected)
+    ours = load_model(tmp_path / "made", dtype="float32")
+    assert quantised(ours) == (4 * ours.spec.layers if way in ("w4", "w8") else 0)
+    found, weight = (
+        ours.layers[1].mlp.down.state_dict()["weight"],
+        theirs.model.layers[1].mlp.down_proj.weight.detach(),
+    )
+    torch.testing.assert_close(found, weight, rtol=2**-9, atol=1e-6)
+    assert near(logits(ours), logits(theirs)) < {"w4": 5e-3, "w8": 0.06}.get(way, 1e-5)
+
+
+def test_fp8_of_blocks(llama: Path, copied: Path) -> None:
+    """As DeepSeek's and Qwen's checkpoints have it, with blocks at the edges that are not whole."""
+    plain: dict[str, Tensor] = {}
+
+    def change(module: str, weight: Tensor) -> dict[str, Tensor]:
+        outputs, inputs = weight.shape
+        values = weight.to(torch.float8_e4m3fn)
+        scales = torch.rand(-(-outputs // 24), -(-inputs // 40), generator=torch.Generator().manual_seed(outputs)) + 0.5
+        rows = torch.arange(outputs)[:, None] // 24, torch.arange(inputs)[None] // 40
+        plain[f"{module}.weight"] = values.float() * scales[rows]
+        return {"weight": values, "weight_scale_inv": scales}
+
+    rewrite(copied, {"quant_method": "fp8", "weight_block_size": [24, 40]}, change)
+    ours = load_model(copied, dtype="float32")
+    tensors = load_file(llama / "model.safetensors")
+    save_file({**tensors, **plain}, llama / "model.safetensors", metadata={"format": "pt"})
+    assert near(logits(ours), logits(load_model(llama, dtype="float32"))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-desc-act", "gptq-asymmetric", "awq"])
+def test_what_the_libraries_wrote(name: str) -> None:
+    """Checkpoints of GPTQModel and AutoAWQ (`make_quantised.py`), with the logits of those libraries' own layers."""
+    folder = Path(__file__).parent / "fixtures" / "quantised" / name
+    ours = load_model(folder, dtype="float32")
+    assert quantised(ours) == (0 if name == "gptq-desc-act" else 4 * ours.spec.layers)
+    expected = load_file(folder / "expected.safetensors")
+    torch.testing.assert_close(
+        ours.layers[0].mlp.down.state_dict()["weight"], expected["down"].float(), rtol=2**-9, atol=2e-4
+    )
+    with torch.no_grad():
+        found = ours(expected["ids"]).logits
+    assert near(found, expected["logits"]) < 1e-2  # the files' embedding and head are of 16 bits, the libraries' of 32
+
+
 def test_what_is_missing_or_misshapen_is_named(copied: Path) -> None:
     drawn = Drawn(64, True)
 

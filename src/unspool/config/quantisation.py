@@ -70,7 +70,7 @@ class BitsAndBytesConfig:
         if method != "bitsandbytes":
             raise Unsupported(
                 f"quantization_config of {type(config).__name__} (method {method!r}) is not supported; use "
-                f"BitsAndBytesConfig, or unspool.load(..., quantize='int8', 'int4' or 'nf4')"
+                f"BitsAndBytesConfig, TorchAoConfig, or unspool.load(..., quantize='int8', 'int4' or 'nf4')"
             )
         return cls(**{name: value for name, value in entries.items() if name in _names(cls)})
 

@@ -21,6 +21,16 @@ __all__ = [
     "through_transformers",
 ]
 
+# What to install for transformers' ways to quantise, by a word of what it says when it lacks the library.
+_QUANTISERS = {
+    "bitsandbytes": "'unspool[bitsandbytes]'",
+    "torchao": "'unspool[torchao]'",
+    "gptqmodel": "gptqmodel",
+    "optimum": "optimum gptqmodel",
+    "compressed_tensors": "compressed-tensors",
+    "compressed-tensors": "compressed-tensors",
+}
+
 
 def through_transformers(kind: str, path_or_id: FileName, reason: str, arguments: Mapping[str, Any]) -> Wrapped:
     """Load a model with transformers' own auto class and wrap it.
@@ -33,7 +43,8 @@ def through_transformers(kind: str, path_or_id: FileName, reason: str, arguments
             a repository runs only with `trust_remote_code=True`.
 
     Raises:
-        Unsupported: transformers is not installed, or pickled weights are asked for.
+        Unsupported: transformers is not installed, or a library that it needs for quantised weights; or pickled weights
+            are asked for.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     given.pop("low_cpu_mem_usage", None)  # what transformers does anyway
@@ -51,7 +62,16 @@ def through_transformers(kind: str, path_or_id: FileName, reason: str, arguments
     name = os.fspath(path_or_id)
     place = BUILT_IN.get(name, name)
     given.setdefault("trust_remote_code", False)
-    return wrap(auto.from_pretrained(place, use_safetensors=True, **given).eval())
+    try:
+        return wrap(auto.from_pretrained(place, use_safetensors=True, **given).eval())
+    except ImportError as error:
+        extra = next((name for name in _QUANTISERS if name in str(error).lower()), None)
+        if extra is None:
+            raise
+        raise Unsupported(
+            f"transformers cannot load {name!r} without another library (it says: {error}): pip install "
+            f"{_QUANTISERS[extra]}"
+        ) from error
 
 
 class _Through:

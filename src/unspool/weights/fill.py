@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unspool.models.base import Model
 from unspool.models.layers.linear import Linear, pack as pack_plain, packed_form
 from unspool.models.layers.packed import Packable, WritableForm, exchange
-from unspool.models.layers.quantised import Code, QuantisedForm, dequantise
+from unspool.models.layers.quantised import Code, QuantisedForm
 from unspool.weights.names import Target
 from unspool.weights.quant import Quantiser, Stored, encode
 from unspool.weights.safetensors import SafetensorsFile
@@ -60,8 +60,8 @@ def fill(model: Model, target: Target, places: Sequence[str | Stored], how: Fill
             exchange(packable, _quantised(target, places, code, how))
             return
         form = packed_form(packable) if how.pack and torch.device(how.device).type == "cpu" else None
-        if form is not None and not any(isinstance(place, Stored) for place in places):
-            _write(form, target, [place for place in places if isinstance(place, str)], how)
+        if form is not None:
+            _write(form, target, places, how)
             exchange(packable, form)
             return
     memory = torch.empty(target.parameter.shape, dtype=target.parameter.dtype, device=how.device)
@@ -102,7 +102,7 @@ def _quantised(target: Target, places: Sequence[str | Stored], code: Code, how: 
     at, copies = 0, []
     for source, place in zip(target.sources, places, strict=True):
         if isinstance(place, Stored):
-            form.write(at, place.read())
+            form.write(at, place.codes())
         else:
             copies += [how.pool.submit(copy, at, place, first, count) for first, count in how.files[place].spans(place)]
         at += source.shape[0]
@@ -117,10 +117,10 @@ def _users(model: Model, target: Target) -> list[nn.Module]:
     return [owner, model.lm_head] if model.tied and owner is model.embedding else [owner]
 
 
-def _write(form: WritableForm, target: Target, places: Sequence[str], how: Filling) -> None:
+def _write(form: WritableForm, target: Target, places: Sequence[str | Stored], how: Filling) -> None:
     """Read the tensors of one parameter into its packed form, one below the other."""
     dtype, files = target.parameter.dtype, how.files
-    if target.transposed:
+    if target.transposed and not isinstance(places[0], Stored):
         whole = torch.empty(target.parameter.shape, dtype=dtype)
         files[places[0]].read_into(places[0], whole, transposed=True)
         form.write(0, whole)
@@ -130,8 +130,11 @@ def _write(form: WritableForm, target: Target, places: Sequence[str], how: Filli
         form.write(at + first, files[name].part(name, first, count).to(dtype), threads=1)
 
     at, copies = 0, []
-    for source, name in zip(target.sources, places, strict=True):
-        copies += [how.pool.submit(copy, at, name, first, count) for first, count in files[name].spans(name)]
+    for source, place in zip(target.sources, places, strict=True):
+        if isinstance(place, Stored):
+            form.write(at, place.rows().to(dtype))
+        else:
+            copies += [how.pool.submit(copy, at, place, first, count) for first, count in files[place].spans(place)]
         at += source.shape[0]
     for each in copies:
         each.result()
@@ -143,7 +146,7 @@ def _read(memory: Tensor, target: Target, places: Sequence[str | Stored], files:
     for source, place in zip(target.sources, places, strict=True):
         rows = memory if len(places) == 1 else memory[at : at + source.shape[0]]
         if isinstance(place, Stored):
-            rows.copy_(dequantise(place.code, place.read()))
+            rows.copy_(place.rows())
         else:
             files[place].read_into(place, rows, target.transposed)
         at += source.shape[0]

@@ -130,8 +130,8 @@ def _stored(source: Source, target: Target, stored: Reading | None) -> Stored | 
     """What a quantised checkpoint holds for `source`, if it is quantised."""
     if stored is None or not source.name.endswith(".weight") or len(source.shape) != 2 or target.transposed:
         return None
-    found = stored(source.name.removesuffix(".weight"), source.shape)
-    return found or stored(source.bare.removesuffix(".weight"), source.shape)
+    shape = (source.shape[0], source.shape[1])
+    return stored(source.name.removesuffix(".weight"), shape) or stored(source.bare.removesuffix(".weight"), shape)
 
 
 def _names(place: str | Stored) -> tuple[str, ...]:

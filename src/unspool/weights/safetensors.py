@@ -69,6 +69,7 @@ class SafetensorsFile:
 
     Attributes:
         entries: what the header lists, by name.
+        metadata: texts that the header has besides, by name.
 
     Raises:
         CheckpointError: the file is cut short, or its header is not one.
@@ -78,7 +79,7 @@ class SafetensorsFile:
         self.path = path
         self._file: BinaryIO = path.open("rb", buffering=0)
         try:
-            self.entries = self._read_header()
+            self.entries, self.metadata = self._read_header()
         except BaseException:
             self._file.close()
             raise
@@ -160,7 +161,7 @@ class SafetensorsFile:
             self._file.seek(start)
             return self._file.readinto(view)  # type: ignore[attr-defined, no-any-return]
 
-    def _read_header(self) -> dict[str, Entry]:
+    def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
         size = os.fstat(self._file.fileno()).st_size
         head = self._file.read(8)
         length = int.from_bytes(head, "little")
@@ -171,7 +172,7 @@ class SafetensorsFile:
             )
         try:
             header: dict[str, Any] = json.loads(self._file.read(length))
-            header.pop("__metadata__", None)
+            metadata = {str(name): str(text) for name, text in (header.pop("__metadata__", None) or {}).items()}
             found = {name: self._entry(value, 8 + length) for name, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
@@ -185,7 +186,7 @@ class SafetensorsFile:
                 f"{self.path} is truncated: its header promises {promised} bytes and the file has {size}; download it "
                 f"again"
             )
-        return found
+        return found, metadata
 
     def _entry(self, value: dict[str, Any], base: int) -> Entry:
         start, end = (int(offset) for offset in value["data_offsets"])

@@ -1,7 +1,8 @@
 """Quantised weights: made while a checkpoint is read (`quantize=`), or read from checkpoints that hold them.
 
     int8, int4, table4            plain rows become codes
-    bitsandbytes, gptq, awq, compressed     what such a checkpoint holds becomes codes, without quantising again
+    awq, bitsandbytes, compressed, fp8, gptq, torchao     what such a checkpoint holds becomes codes, without quantising
+                                  again, or plain rows where there are no such codes
     stored                        what a checkpoint's reader hands to the loader
 
 How codes are kept and multiplied is `models.layers.quantised`.
@@ -19,7 +20,7 @@ from unspool.config.quantisation import BitsAndBytesConfig
 from unspool.errors import Unsupported
 from unspool.kernels import encode as kernel
 from unspool.models.layers.quantised import FP4, INT4, INT8, NF4, Code, Codes
-from unspool.weights.quant import awq, bitsandbytes, compressed, gptq, int4, int8, table4
+from unspool.weights.quant import awq, bitsandbytes, compressed, fp8, gptq, int4, int8, table4, torchao
 from unspool.weights.quant.stored import Files, Stored
 
 __all__ = ["FORMATS", "Quantiser", "Reading", "Stored", "encode", "method", "quantiser", "reader"]
@@ -54,22 +55,31 @@ class Quantiser:
 
 
 def quantiser(wanted: str | BitsAndBytesConfig | Mapping[str, Any] | object) -> Quantiser:
-    """What `quantize=` or `quantization_config=` asks for.
+    """What `quantize=` or `quantization_config=` asks for: a name, or a configuration of bitsandbytes or torchao.
 
     Raises:
         ValueError: a format that is unknown.
-        Unsupported: a configuration of another library.
+        Unsupported: a configuration of another library, or of a format that is not computed with here.
     """
     if isinstance(wanted, str):
         if wanted not in FORMATS:
             raise ValueError(f"`quantize` is {wanted!r}; use one of {', '.join(map(repr, FORMATS))}, or leave it out")
         return Quantiser(FORMATS[wanted])
+    if _method_of(wanted) == "torchao":
+        code, left = torchao.wanted(wanted)
+        return Quantiser(code, None, left)
     config = BitsAndBytesConfig.of(wanted)
     skipped = ("lm_head",) if config.llm_int8_skip_modules is None else tuple(config.llm_int8_skip_modules)
     if config.load_in_8bit:
         return Quantiser(INT8, None if "lm_head" in skipped else INT8, skipped)
     code = {"nf4": NF4, "fp4": FP4}[config.bnb_4bit_quant_type]
     return Quantiser(code, None if "lm_head" in skipped else code, skipped)
+
+
+def _method_of(wanted: object) -> str:
+    """The method that a configuration of transformers names."""
+    found = wanted.get("quant_method") if isinstance(wanted, Mapping) else getattr(wanted, "quant_method", None)
+    return str(getattr(found, "value", found))
 
 
 def encode(code: Code, rows: Tensor) -> Codes:
@@ -82,14 +92,16 @@ def encode(code: Code, rows: Tensor) -> Codes:
     return int4.encode(rows, code.group) if code.name == "int4" else table4.encode(rows, code)
 
 
-Reading = Callable[[str, tuple[int, ...]], Stored | None]
+Reading = Callable[[str, tuple[int, int]], Stored | None]
 """Gives what a quantised checkpoint holds for a module, by its name and the shape of its weight `[out, in]`."""
 
 _READERS: dict[str, Callable[[Mapping[str, Any], Files], Any]] = {
     "awq": awq.Reader,
     "bitsandbytes": bitsandbytes.Reader,
     "compressed-tensors": compressed.Reader,
+    "fp8": fp8.Reader,
     "gptq": gptq.Reader,
+    "torchao": torchao.Reader,
 }
 
 

@@ -37,7 +37,7 @@ class Reader:
         self._group = int(settings.get("group_size", settings.get("q_group_size", 128)))
         self._zeros = bool(settings.get("zero_point", True))
 
-    def stored(self, module: str, shape: tuple[int, ...]) -> Stored | None:
+    def stored(self, module: str, shape: tuple[int, int]) -> Stored | None:
         """What the checkpoint holds for a module whose weight has `shape` `[out, in]`, if it is quantised."""
         if f"{module}.qweight" not in self._files:
             return None

@@ -33,7 +33,7 @@ class Reader:
     def __init__(self, settings: Mapping[str, Any], files: Files) -> None:
         self._files = files
 
-    def stored(self, module: str, shape: tuple[int, ...]) -> Stored | None:
+    def stored(self, module: str, shape: tuple[int, int]) -> Stored | None:
         """What the checkpoint holds for a module whose weight has `shape` `[out, in]`, if it is quantised."""
         weight = f"{module}.weight"
         if f"{module}.SCB" in self._files:
@@ -54,7 +54,7 @@ class Reader:
     def _there(self, base: str, *parts: str) -> tuple[str, ...]:
         return tuple(name for name in (f"{base}.{part}" for part in parts) if name in self._files)
 
-    def _bytes(self, module: str, shape: tuple[int, ...]) -> Codes:
+    def _bytes(self, module: str, shape: tuple[int, int]) -> Codes:
         name = f"{module}.weight_format"
         if name in self._files and int(tensor(self._files, name)):
             raise Unsupported(f"{module!r} holds its weight in a layout for one GPU; save it again with transformers")
@@ -83,7 +83,7 @@ class Reader:
         return table[absmax.int()] * outer[: absmax.numel()] + float(facts["nested_offset"])
 
 
-def _group(module: str, block: int, shape: tuple[int, ...]) -> int:
+def _group(module: str, block: int, shape: tuple[int, int]) -> int:
     """Inputs of one output that share a scale, where blocks run on from one output to the next."""
     inputs = shape[1]
     if inputs % block == 0:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from unspool.errors import CheckpointError
-from unspool.models.layers.quantised import INT4, Code, Codes
+from unspool.models.layers.quantised import INT4, Code, Codes, dequantise
 from unspool.weights.safetensors import SafetensorsFile
 
-__all__ = ["Files", "Stored", "column_words", "int4_code", "shifted", "tensor"]
+__all__ = ["Files", "Stored", "column_words", "expect", "int4_code", "scaled", "shifted", "tensor"]
 
 Files = Mapping[str, SafetensorsFile]
 """The file that holds a tensor, by the tensor's name."""
@@ -23,14 +23,28 @@ class Stored:
     """A quantised weight `[out, in]` on disk.
 
     Attributes:
-        code: how it is written.
+        code: how it is written; `None` for a way that is not computed with, so that it becomes a plain weight.
         names: of the tensors that make it.
-        read: brings the whole of it.
+        read: brings the whole of it, as codes, or as rows where there is no code.
     """
 
-    code: Code
+    code: Code | None
     names: tuple[str, ...]
-    read: Callable[[], Codes]
+    read: Callable[[], Codes | Tensor]
+
+    def codes(self) -> Codes:
+        """The codes, where there is a code."""
+        found = self.read()
+        assert not isinstance(found, Tensor)
+        return found
+
+    def rows(self) -> Tensor:
+        """The weight itself, in a floating dtype."""
+        found = self.read()
+        if isinstance(found, Tensor):
+            return found
+        assert self.code is not None
+        return dequantise(self.code, found)
 
 
 def tensor(files: Files, name: str) -> Tensor:
@@ -67,6 +81,26 @@ def shifted(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Codes:
     """Codes of which `zeros` `[n, groups]` are the ones that stand for 0, as codes of which 8 is."""
     scales = scales.float()
     return Codes(codes, scales, None if zeros is None else (8 - zeros.float()) * scales)
+
+
+def scaled(values: Tensor, scales: Tensor, block: tuple[int, int], zeros: Tensor | None = None) -> Tensor:
+    """Plain rows `[out, in]` in fp32 of which every block has a scale, and perhaps a number that stands for 0.
+
+    Args:
+        values: `[out, in]`, of any dtype.
+        scales, zeros: a number for each block, row by row.
+        block: outputs and inputs of a block.
+    """
+    counts = [-(-size // length) for size, length in zip(values.shape, block, strict=True)]
+
+    def spread(each: Tensor) -> Tensor:
+        each = each.float().reshape(counts)
+        for dim, length in enumerate(block):
+            each = each.repeat_interleave(length, dim=dim).narrow(dim, 0, values.shape[dim])
+        return each
+
+    rows = values.float()
+    return (rows if zeros is None else rows.sub_(spread(zeros))).mul_(spread(scales))
 
 
 def expect(name: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
