@@ -296,3 +296,30 @@ def test_products_of_few_rows_are_ours_in_this_thread_alone() -> None:
     unspool.wrap(model).generate(**prompts(4), max_new_tokens=3)
     assert any(seen) == plain.usable()
     assert torch.nn.Linear.forward is forward
+
+
+def test_enabling_brings_continuous_batching(caplog: pytest.LogCaptureFixture) -> None:
+    """With transformers' own settings objects; modules in rows are left to transformers."""
+    mixin = transformers.generation.utils.GenerationMixin
+    names = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+    originals = [getattr(mixin, name) for name in names]
+    model = make_model("llama")
+    texts = [prompts(length)["input_ids"][0].tolist() for length in (9, 4)]
+    config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
+    with unspool.enabled():
+        outputs = model.generate_batch(inputs=texts, generation_config=config)
+        with model.continuous_batching_context_manager(generation_config=config) as manager:
+            assert isinstance(manager, unspool.ContinuousBatchingManager)
+            alone = manager.get_result(manager.add_request(texts[1]))
+        with caplog.at_level("INFO", logger="unspool"), pytest.raises(Exception):  # noqa: B017
+            architecture("bloom").generate_batch(inputs=5)
+        assert "it runs in rows" in caplog.text
+    for text, output in zip(texts, outputs.values(), strict=True):
+        made = output.generated_tokens
+        assert (
+            made == model.generate(torch.tensor([text]), generation_config=config)[0, len(text) :].tolist()[: len(made)]
+        )
+    assert alone is not None
+    assert alone.generated_tokens == list(outputs.values())[1].generated_tokens
+    assert [getattr(mixin, name) for name in names] == originals
+    assert not any(name in vars(mixin) for name in names)

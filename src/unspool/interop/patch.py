@@ -1,8 +1,8 @@
 """Our decoding behind transformers' own methods: for every model (`enable`), or within one call (`inside`).
 
-Three methods of transformers' `GenerationMixin` are replaced, `generate`, `_sample` and `_beam_search`, while somebody
-wants it, and put back after. Models that bring a `generate()` of their own (Whisper, MusicGen, …) come in through the
-inner ones, with what they prepared. What only transformers can do is left to it.
+Methods of transformers' `GenerationMixin` are replaced, `generate`, `_sample`, `_beam_search` and those for continuous
+batching, while somebody wants it, and put back after. Models that bring a `generate()` of their own (Whisper, MusicGen,
+…) come in through the inner ones, with what they prepared. What only transformers can do is left to it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unspool.bridge.module import Foreign
 from unspool.config import GenerationConfig, GenerationMode, resolve
 from unspool.config.mode import mode_of
+from unspool.continuous import ContinuousMixin
 from unspool.errors import Unsupported
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.mixin import GenerationMixin
@@ -31,7 +32,9 @@ from unspool.interop.notes import note
 
 __all__ = ["disable", "enable", "enabled", "inside", "is_plain"]
 
-_METHODS = ("generate", "_sample", "_beam_search")
+# Methods for continuous batching, which transformers' `GenerationMixin` inherits.
+_CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_METHODS = ("generate", "_sample", "_beam_search", *_CONTINUOUS)
 # A model that replaces one of these prepares or decodes in a way of its own: it runs its own `generate()`, and what we
 # decode is what that asks for.
 _OWN_WAY = (
@@ -51,6 +54,7 @@ _OWN_LOOP = ("_prefill", "_has_unfinished_sequences")
 
 _lock = threading.Lock()
 _originals: dict[str, Callable[..., Any]] = {}
+_inherited: dict[str, bool] = {}
 _users = 0
 _everywhere = False
 _here: ContextVar[bool] = ContextVar("unspool_decodes_here", default=False)
@@ -60,7 +64,8 @@ def enable() -> None:
     """Put our `generate()` behind that of every transformers model, also of those made before.
 
     So `model.generate(...)`, `pipeline(...)`, `PeftModel.generate` and whatever calls them decode with unspool; results
-    pass `isinstance` checks against transformers' output classes. What unspool cannot do for a model is left to
+    pass `isinstance` checks against transformers' output classes. `generate_batch` and the managers for continuous
+    batching are unspool's too, for modules that run ragged. What unspool cannot do for a model is left to
     transformers. Calling it twice changes nothing.
 
     Raises:
@@ -143,7 +148,8 @@ def _install() -> None:
         _users -= 1
         raise Unsupported("transformers is not installed: pip install 'unspool[transformers]'") from error
     for name in _METHODS:
-        _originals[name] = vars(base)[name]
+        _originals[name] = getattr(base, name)
+        _inherited[name] = name not in vars(base)
         setattr(base, name, _replacement(name, _originals[name]))
 
 
@@ -153,7 +159,11 @@ def _remove() -> None:
     if _users == 0:
         base = _base()
         for name in _METHODS:
-            setattr(base, name, _originals.pop(name))
+            original = _originals.pop(name)
+            if _inherited.pop(name):
+                delattr(base, name)
+            else:
+                setattr(base, name, original)
 
 
 def _wanted() -> bool:
@@ -162,7 +172,7 @@ def _wanted() -> bool:
 
 def _replacement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """What stands for one of transformers' methods; it outlives the patch in calls that have begun."""
-    run = _generate if name == "generate" else _decode
+    run = _generate if name == "generate" else _batch if name in _CONTINUOUS else _decode
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -187,6 +197,17 @@ def _generate(module: Any, given: dict[str, Any], name: str) -> Any:
         return note(type(module).__name__, reason)
     rest.pop("trust_remote_code", None)
     return _theirs_alone(GenerationMixin.generate(Wrapped(module), **given, **rest))
+
+
+def _batch(module: Any, given: dict[str, Any], name: str) -> Any:
+    """A method for continuous batching; `None` leaves it to transformers."""
+    from unspool.interop.wrap import Wrapped
+
+    verdict = ForeignSource(module).verdict()
+    if verdict.shape is None:
+        return note(type(module).__name__, f"it runs in rows: {verdict.reason}")
+    rest = given.pop("kwargs", {})
+    return getattr(ContinuousMixin, name)(Wrapped(module), **given, **rest)
 
 
 def _decode(module: Any, given: dict[str, Any], name: str) -> Any:
