@@ -169,6 +169,14 @@ def test_the_verdict_is_kept_until_the_module_changes(monkeypatch: pytest.Monkey
     assert gone() is None
 
 
+def test_angles_of_the_longest_row_and_dropout_take_rows() -> None:
+    report = unspool.wrap(make_model("llama-rope-dynamic")).unspool_report()
+    assert "dynamic rotary angles" in str(report)
+    model = architecture("gpt2")
+    assert unspool.wrap(model).unspool_report().tier == "ragged"
+    assert "drops out" in str(unspool.wrap(model.train()).unspool_report())
+
+
 def test_a_module_whose_tokens_mix_is_found_out() -> None:
     """What a flat row does to its neighbours shows in the probe, whatever the module is called."""
 
@@ -316,9 +324,8 @@ def test_enabling_brings_continuous_batching(caplog: pytest.LogCaptureFixture) -
         assert "it runs in rows" in caplog.text
     for text, output in zip(texts, outputs.values(), strict=True):
         made = output.generated_tokens
-        assert (
-            made == model.generate(torch.tensor([text]), generation_config=config)[0, len(text) :].tolist()[: len(made)]
-        )
+        expected = model.generate(torch.tensor([text]), generation_config=config)[0, len(text) :].tolist()
+        assert made == expected[: len(made)]
     assert alone is not None
     assert alone.generated_tokens == list(outputs.values())[1].generated_tokens
     assert [getattr(mixin, name) for name in names] == originals

@@ -38,6 +38,8 @@ _LONGEST = 256  # a window up to here is looked beyond; a longer one must be wha
 # Relative distance of logits that rounding explains, by the dtype of keys and values.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
+_WATCHED = "hooks look at what its parts are given"
+
 # Hooks that say how a module's input is made from what was chosen; ragged steps do not ask them.
 _HOOKS = (
     "prepare_inputs_for_generation",
@@ -78,9 +80,9 @@ def judge(foreign: Foreign, own: OwnPath) -> Verdict:
     declared = _declared(foreign)
     if declared is not None:
         return Verdict(None, declared)
-    state, watched = _state(foreign)
-    if watched:
-        return Verdict(None, "it is compiled, or hooks look at what its parts are given")
+    state, reason = _state(foreign)
+    if reason is not None:
+        return Verdict(None, reason)
     known = _found.get(foreign.module)
     if known is not None and known[0] == state:
         return known[1]
@@ -121,26 +123,34 @@ def _declared(foreign: Foreign) -> str | None:
     return None
 
 
-def _state(foreign: Foreign) -> tuple[_State, bool]:
-    """What a verdict depends on (the module's parts, their dtypes and devices, its way of attending); whether hooks or
-    a compiler would take notice."""
-    parts, kinds, watched = [], set(), bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+def _state(foreign: Foreign) -> tuple[_State, str | None]:
+    """What a verdict depends on (the module's parts, their dtypes and devices, its way of attending), and what about
+    the parts settles it without one."""
+    parts, kinds, reason = [], set(), None
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        reason = _WATCHED
     for part in foreign.module.modules():
         parts.append(id(part))
         kinds |= {(one.dtype, one.device) for one in part._parameters.values() if one is not None}
-        watched = watched or bool(part._forward_hooks or part._forward_pre_hooks) or _is_compiled(part)
+        reason = reason or _settled(part)
     own = (foreign.module.training, foreign.entry("_attn_implementation"))
-    return (hash(tuple(parts)), frozenset(kinds), *own), watched
+    return (hash(tuple(parts)), frozenset(kinds), *own), reason
 
 
-def _is_compiled(part: nn.Module) -> bool:
-    """Whether `torch.compile` was here: what it traced would be good for one way of attending only."""
-    own = vars(part)
-    return (
+def _settled(part: nn.Module) -> str | None:
+    """What about one part of a module needs its own way."""
+    own = part.__dict__
+    if part._forward_hooks or part._forward_pre_hooks:
+        return _WATCHED
+    if (
         own.get("_compiled_call_impl") is not None
         or "_orig_mod" in part._modules
-        or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
-    )
+        or ("forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"))
+    ):
+        return "it is compiled, for one way of attending"
+    if part.training and isinstance(part, nn.Dropout) and part.p > 0:
+        return "it drops out, as in training"  # with draws that depend on the rectangle
+    return None
 
 
 def _probe(foreign: Foreign, own: OwnPath) -> Verdict:
