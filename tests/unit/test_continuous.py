@@ -1108,6 +1108,16 @@ def test_metrics_count_what_was_made(model: Any) -> None:
     assert metrics.prefix_hits is not None and 0 < metrics.prefix_hits < 1
 
 
+def test_the_switch_of_determinism(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="deterministic must be True, False or None"):
+        ContinuousBatchingConfig(deterministic="yes")  # type: ignore[arg-type]
+    kinds = {one: type(make(model, deterministic=one)._engine._loop.runner) for one in (None, True, False)}
+    assert kinds[None] is kinds[True] is not kinds[False]
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with pytest.raises(unspool.Unsupported, match="on a CPU only"):
+        make(model, deterministic=True)
+
+
 def test_watching(model: Any) -> None:
     from rich.console import Console
 

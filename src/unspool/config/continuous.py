@@ -88,6 +88,9 @@ class ContinuousBatchingConfig:
     """Most waiting requests; 0 for no limit."""
     max_queued_tokens: int = 0
     """Most prompt tokens of waiting requests together; 0 for no limit."""
+    deterministic: bool | None = None
+    """Tokens and log-probabilities of a request are the same bits whatever else runs, and however it is cut; `None` is
+    `True` for native models on a CPU, where it costs nothing with the compiled kernels, and `False` elsewhere."""
     watchdog_timeout: float | None = 600.0
     """Seconds a single step may take before its requests are told that it stalled; `None` waits for ever."""
     per_request_processors: bool = False
@@ -125,6 +128,8 @@ class ContinuousBatchingConfig:
     def validate(self) -> None:
         """Raise ValueError or TypeError for a setting out of range."""
         check_ranges(self, _RANGES)
+        if self.deterministic not in (None, True, False):
+            raise TypeError(f"deterministic must be True, False or None, not {self.deterministic!r}")
 
     @property
     def cuda_graph_booleans(self) -> tuple[bool, bool]:

@@ -29,8 +29,11 @@ from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
 from unspool.continuous.view import Watch
 from unspool.continuous.worker import Worker
 from unspool.decode.fault import find_fault
+from unspool.decode.invariant import InvariantRunner, is_invariant
 from unspool.decode.runner import Decoder, PagedRunner
 from unspool.decode.sequence import Sequence
+from unspool.errors import Unsupported
+from unspool.models.base import Model
 
 __all__ = ["ContinuousBatchingManager", "RequestStream"]
 
@@ -537,14 +540,16 @@ def _may_run_ahead(model: Decoder, config: ContinuousBatchingConfig) -> bool:
 def _make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
     places = config.max_requests_per_batch or _PLACES
     kind = scheduler_class(config.scheduler_type)
+    deterministic = _deterministic(model, config.deterministic)
     budget = tokens_per_step(config, model.device)
     store = make_store(model, config, places, budget, wanted)
+    runner = InvariantRunner if deterministic and not is_invariant(model, store) else PagedRunner
     # Keys that depend on a row's whole length are not another row's.
     sharing = config.allow_block_sharing and not model.spec.needs_extents
     room = Room(store, sharing=sharing, swap=make_swap(store, config))
     scheduler = kind(room, config.safety_margin, places, recompute_past=model.spec.recompute_past)
     return Engine(
-        PagedRunner(model, store, model.device, forks=True),
+        runner(model, store, model.device, forks=True),
         model.device,
         scheduler,
         PlainRows(places, model.device, partial(find_fault, model)),
@@ -552,3 +557,15 @@ def _make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbo
         token_budget=budget,
         ahead=_may_run_ahead(model, config),
     )
+
+
+def _deterministic(model: Decoder, asked: bool | None) -> bool:
+    """Whether rows must be the same bits in any company.
+
+    Raises:
+        Unsupported: that is asked for, and nobody can promise it.
+    """
+    cpu = model.device.type == "cpu"
+    if asked and not cpu:
+        raise Unsupported(f"deterministic=True is promised on a CPU only, and the model is on {model.device}")
+    return cpu and isinstance(model, Model) if asked is None else asked

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unspool.continuous.apart import Apart
+from unspool.decode.invariant import head_of
 from unspool.decode.sequence import Want, Watch, Work
 from unspool.decode.tops import told_logprobs
 
@@ -58,6 +59,6 @@ class PromptLogprobs:
             first = len(self._told) - begin
             part = hidden[first : min(first + _PIECE, len(prompt) - 1 - begin)]
             following = prompt[len(self._told) + 1 : len(self._told) + 1 + len(part)]
-            logits = self._model.head(part).float()
+            logits = head_of(self._model, part).float()
             numbers = [wishes.prompt_logprobs or 0] * len(part)
             self._told += told_logprobs(logits, torch.tensor(following, device=logits.device), numbers)

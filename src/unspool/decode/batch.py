@@ -53,7 +53,7 @@ def build_batch(
         keep=_kept(work, order, device),
         extents=extents,
         trace=trace,
-        embeds=_embeds(placed) if any(row.embeds is not None for row in rows) else None,
+        embeds=embeds_of(placed) if any(row.embeds is not None for row in rows) else None,
         adapters=mixer.select([row.adapter for row in rows], feeds, device),
     )
 
@@ -100,9 +100,14 @@ class Steady:
 
 
 def _tokens(work: list[Work], device: torch.device) -> Tensor:
-    """The tokens to feed; those in flight are taken from where the device holds them."""
+    """The same, short where every row feeds one known token."""
     if max([item.feed + item.seq.pending for item in work]) == 1:
         return torch.tensor([item.seq.tokens[item.seq.computed] for item in work], device=device)
+    return tokens_of(work, device)
+
+
+def tokens_of(work: list[Work], device: torch.device) -> Tensor:
+    """The tokens to feed; those in flight are taken from where the device holds them."""
     flat: list[int] = []
     flying: dict[int, tuple[Group, list[int], list[int]]] = {}  # group, places among the tokens, numbers of the rows
     for row, feed, _, group in work:
@@ -112,8 +117,9 @@ def _tokens(work: list[Work], device: torch.device) -> Tensor:
             numbers.append(row.row)
             flat.append(0)
         elif row.draft:
-            known = row.tokens[row.computed :]
-            flat += known + row.draft[: feed - len(known)]
+            known = row.tokens[row.computed : row.computed + feed]
+            begin = max(0, row.computed - len(row.tokens))
+            flat += known + row.draft[begin : begin + feed - len(known)]
         else:
             flat += row.tokens[row.computed : row.computed + feed]
     if len(flying) == 1:
@@ -126,7 +132,7 @@ def _tokens(work: list[Work], device: torch.device) -> Tensor:
     return tokens
 
 
-def _embeds(work: list[Work]) -> tuple[Tensor, Tensor] | None:
+def embeds_of(work: list[Work]) -> tuple[Tensor, Tensor] | None:
     """Places and values of the fed tokens that have embeddings of their own."""
     places: list[int] = []
     values: list[Tensor] = []

@@ -78,6 +78,7 @@ class PackedWeight:
     """
 
     lossless = True
+    invariant = True
 
     def __init__(self, weight: Tensor) -> None:
         functions = _functions()

@@ -316,6 +316,11 @@ class Model(nn.Module):
             if len(modules) == uses[weight] and any(isinstance(module, Linear) for module in modules):
                 pack(modules)
 
+    @property
+    def invariant(self) -> bool:
+        """Whether the kernels compute every product, so that a row gets the same bits alone and in company."""
+        return all(module.invariant for module in self.modules() if isinstance(module, Linear))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for adapter in self.adapters.loaded.values():

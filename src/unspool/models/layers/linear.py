@@ -97,6 +97,11 @@ class Linear(Packable):
             self.unpack()
         return multiply(x, self.weight, self.bias)
 
+    @property
+    def invariant(self) -> bool:
+        """Whether a row's product is the same bits alone and in company."""
+        return self._packed is not None and self._packed.invariant
+
     def pack(self) -> None:
         """Exchange the plain weight for a faster layout, where there is one for this device and dtype."""
         pack([self])
@@ -141,6 +146,7 @@ class _OneDNN:
     """A weight in oneDNN's blocked layout: near the memory's speed at a few rows, and faster than plain at many."""
 
     lossless = True
+    invariant = False
 
     def __init__(self, weight: Tensor) -> None:
         self._dtype = weight.dtype

@@ -28,6 +28,11 @@ class PackedForm(Protocol):
 
     lossless: bool
 
+    @property
+    def invariant(self) -> bool:
+        """Whether a row's product is the same bits alone and in company."""
+        ...
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[rows, in]`, without gradients."""
         ...

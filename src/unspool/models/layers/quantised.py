@@ -165,6 +165,11 @@ class QuantisedForm:
             self._plain = _PlainCodes(outputs, inputs, code, self.device)
 
     @property
+    def invariant(self) -> bool:
+        """See `packed.PackedForm`: the kernels compute it."""
+        return self._packed is not None and self.dtype in (torch.bfloat16, torch.float32)
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         kept = self._packed or self._plain
