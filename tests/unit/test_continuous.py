@@ -654,6 +654,8 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "no tokenizer": ([5], {"stop_strings": "x"}, ValueError, "tokenizer"),
     "past deadline": ([5], {"deadline": 0}, ValueError, "deadline"),
     "priority": ([5], {"priority": "high"}, TypeError, "priority"),
+    "streaming": ([5], {"streaming": "yes"}, TypeError, "streaming"),
+    "timestamps": ([5], {"record_timestamps": 2.5}, TypeError, "record_timestamps"),
     "salt": ([5], {"cache_salt": []}, TypeError, "cache_salt"),
     "streamer": ([5], {"streamer": print}, TypeError, "streamer"),
     "streamer of several": (
@@ -739,6 +741,48 @@ def test_names(model: Any) -> None:
             call("mine")
     manager.add_request(PROMPTS[0], "mine")
     finish(manager)
+
+
+def test_names_that_are_made_up_are_nobodys(model: Any) -> None:
+    manager = make(model)
+    with pytest.raises(TypeError, match="request_id must be a text, not 5"):
+        manager.add_request(PROMPTS[0], request_id=5)
+    for name in ("", "mine__child#0"):
+        with pytest.raises(ValueError, match="request_id"):
+            manager.add_request(PROMPTS[0], name)
+    manager.add_request(PROMPTS[0], "req_0")
+    assert manager.add_request(PROMPTS[1]) == "req_1"
+    manager.add_request(PROMPTS[0], "req_2")
+    assert manager.add_requests(PROMPTS[:2]) == ["req_3", "req_4"]
+    finish(manager)
+
+
+def test_mistakes_that_concern_no_request(model: Any, expected: list[list[int]]) -> None:
+    manager = make(model)
+    manager.add_request(PROMPTS[0], "mine")
+    with pytest.raises(TypeError, match="callback must be callable"):
+        manager.register_result_handler("mine", 5)
+    with pytest.raises(TypeError, match="timeout"):
+        manager.get_result(timeout="soon")
+    assert manager.get_result(timeout=-1) is None
+    assert manager.cancel_request("nobody") is False and manager.cancel_request(None) is False
+    for config in ({"scheduler_type": 5}, {"scheduler_type": ["fifo"]}):
+        with pytest.raises(TypeError, match="scheduler_type"):
+            ContinuousBatchingConfig(**config)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="name must be a text"):
+        register_scheduler(5, Scheduler)  # type: ignore[arg-type]
+    for wrong in ("text", 5, None):
+        with pytest.raises(TypeError, match="inputs must be a list of prompts"):
+            model.generate_batch(wrong)
+    with pytest.raises(TypeError, match="must be a ContinuousBatchingConfig or a dict, not int"):
+        model.generate_batch([PROMPTS[0]], continuous_batching_config=5)
+    assert model.generate_batch([]) == {}
+    rows = model.generate_batch(
+        torch.tensor([PROMPTS[0]]), SETTINGS, continuous_batching_config={"num_blocks": 4, "page_size": 16}
+    )
+    assert [one.generated_tokens for one in rows.values()] == expected[:1]
+    finish(manager)
+    assert manager.get_result("mine").generated_tokens == expected[0]
 
 
 def test_settings_of_managers(model: Any) -> None:

@@ -128,6 +128,8 @@ class ContinuousBatchingConfig:
     def validate(self) -> None:
         """Raise ValueError or TypeError for a setting out of range."""
         check_ranges(self, _RANGES)
+        if not isinstance(self.scheduler_type, str):
+            raise TypeError(f"scheduler_type must be the name of a scheduler, not {self.scheduler_type!r}")
         if self.deterministic not in (None, True, False):
             raise TypeError(f"deterministic must be True, False or None, not {self.deterministic!r}")
 

@@ -39,6 +39,7 @@ __all__ = ["ContinuousBatchingManager", "RequestStream"]
 
 logger = logging.getLogger("unspool")
 
+_CHILD = "__child#"
 _PLACES = 256  # most requests that run at a time, when nobody says
 
 
@@ -277,6 +278,8 @@ class ContinuousBatchingManager:
             ManagerStopped: no request is taken any more.
         """
         self._worker.check_open()
+        if request_id is not None:
+            _check_name(request_id)
         arguments = Arguments(
             generation_config=generation_config,
             streaming=streaming,
@@ -301,7 +304,7 @@ class ContinuousBatchingManager:
         settings = kwargs if max_new_tokens is None else {"max_new_tokens": max_new_tokens, **kwargs}
         number, every = self._reader.read(input_ids, arguments, settings)
         self._check_fits(every[0])
-        name = f"req_{next(self._ids)}" if request_id is None else request_id
+        name = self._new_name() if request_id is None else request_id
         self._submit(self._states(name, number, every))
         return name
 
@@ -323,7 +326,7 @@ class ContinuousBatchingManager:
         """
         names = []
         for prompt in inputs:
-            name = f"req_{next(self._ids)}"
+            name = self._new_name()
             try:
                 self.add_request(prompt, name, max_new_tokens, streaming, record_timestamps, **kwargs)
             except Exception as error:
@@ -356,6 +359,8 @@ class ContinuousBatchingManager:
         Raises:
             ValueError: `request_id` is unknown, or its last output was taken already.
         """
+        if timeout is not None:
+            check_number("timeout", timeout, Check(float))
         if request_id is not None:
             self._check_known(request_id)
         return self._outbox.wait(request_id, timeout, self._worker.hopeless)
@@ -377,7 +382,10 @@ class ContinuousBatchingManager:
 
         Raises:
             ValueError: `request_id` is unknown, or its last output was taken already.
+            TypeError: `callback` cannot be called.
         """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, not {callback!r}")
         handler = callback
         try:
             loop = asyncio.get_running_loop()
@@ -483,6 +491,10 @@ class ContinuousBatchingManager:
             )
         )
 
+    def _new_name(self) -> str:
+        """A name that nobody has chosen."""
+        return next(name for name in (f"req_{number}" for number in self._ids) if not self._outbox.knows(name))
+
     def _check_known(self, request_id: str) -> None:
         if not self._outbox.knows(request_id):
             raise ValueError(f"request_id={request_id!r} is unknown, or its last result was taken already")
@@ -526,9 +538,16 @@ class RequestStream:
         return output
 
 
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"request_id must be a text, not {name!r}")
+    if not name or _CHILD in name:
+        raise ValueError(f"request_id={name!r} must not be empty, nor hold {_CHILD!r}, which names further outputs")
+
+
 def _child(name: str, number: int) -> str:
     """What output number `number` of a request is called."""
-    return f"{name}__child#{number - 1}" if number else name
+    return f"{name}{_CHILD}{number - 1}" if number else name
 
 
 def _may_run_ahead(model: Decoder, config: ContinuousBatchingConfig) -> bool:

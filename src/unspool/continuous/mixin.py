@@ -62,10 +62,9 @@ class ContinuousMixin:
             ValueError, TypeError: the settings of all are wrong.
             OutOfMemory: no room for keys and values.
         """
+        inputs = _prompts(inputs)
         if not inputs:
             return {}
-        if isinstance(inputs[0], int):
-            raise TypeError("inputs must be a list of prompts, each a list of token ids; write [prompt] for one")
         manager = self.init_continuous_batching(
             generation_config,
             allow_block_sharing=allow_block_sharing,
@@ -112,7 +111,7 @@ class ContinuousMixin:
         given = continuous_batching_config
         if given is None and generation_config is not None:
             given = getattr(generation_config, "continuous_batching_config", None)
-        values = {} if given is None else given.to_dict()
+        values = _values(given)
         values["allow_block_sharing"] = allow_block_sharing and values.get("allow_block_sharing", True)
         if max_queue_size:
             values["max_queue_size"] = max_queue_size
@@ -165,6 +164,29 @@ class ContinuousMixin:
         else:
             total = sum(max(length + 20, config.max_length or 0) for length in lengths)
         return total * int(config.num_return_sequences or 1)
+
+
+def _prompts(inputs: Any) -> list[Any]:
+    """A call's prompts as a list, also of a tensor `[prompts, columns]`."""
+    every = inputs.tolist() if hasattr(inputs, "tolist") else inputs
+    if not isinstance(every, list | tuple):
+        raise TypeError(f"inputs must be a list of prompts, each a list of token ids, not {type(inputs).__name__}")
+    if every and isinstance(every[0], int):
+        raise TypeError("inputs must be a list of prompts, each a list of token ids; write [prompt] for one")
+    return list(every)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """The settings of a `ContinuousBatchingConfig`, ours or transformers', or of a dict."""
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    if not hasattr(config, "to_dict"):
+        raise TypeError(
+            f"continuous_batching_config must be a ContinuousBatchingConfig or a dict, not {type(config).__name__}"
+        )
+    return dict(config.to_dict())
 
 
 def _collect(manager: ContinuousBatchingManager, names: list[str], progress_bar: bool) -> dict[str, GenerationOutput]:

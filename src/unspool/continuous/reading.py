@@ -305,6 +305,9 @@ def _check_arguments(arguments: Arguments) -> None:
     for name in ("top_logprobs", "prompt_logprobs"):
         if (number := getattr(arguments, name)) is not None:
             check_number(name, number, Check(int, 0, 1000))
+    for name in ("streaming", "record_timestamps", "return_logprobs"):
+        if (value := getattr(arguments, name)) not in (True, False, None):
+            raise TypeError(f"{name} must be True or False, not {value!r}")
     try:
         hash(arguments.cache_salt)
     except TypeError:

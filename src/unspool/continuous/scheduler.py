@@ -408,8 +408,10 @@ def register_scheduler(name: str, scheduler: type[Scheduler]) -> None:
     """Make a scheduler known as `name`, for `ContinuousBatchingConfig(scheduler_type=name)`.
 
     Raises:
-        TypeError: it is no subclass of `Scheduler`.
+        TypeError: it is no subclass of `Scheduler`, or the name is no text.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, not {name!r}")
     if not (isinstance(scheduler, type) and issubclass(scheduler, Scheduler)):
         raise TypeError(f"scheduler must be a subclass of Scheduler, not {scheduler!r}")
     _SCHEDULERS[name] = scheduler
