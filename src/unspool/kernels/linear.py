@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unspool.kernels import native
+from unspool.kernels.memory import reserve
 
 __all__ = ["PackedWeight", "fits"]
 
@@ -89,7 +90,7 @@ class PackedWeight:
         self._pack = functions.pack
         size = functions.size(self.outputs, self.inputs)
         with torch.inference_mode(False):
-            self._memory = torch.empty(size, dtype=torch.bfloat16, device="cpu")
+            self._memory = reserve(2 * size).view(torch.bfloat16)
         self._struct = _Struct(self._memory.data_ptr(), self.outputs, self.inputs)
         self._handle = ctypes.addressof(self._struct)
         self.address: int = self._memory.data_ptr()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unspool.kernels import native
 from unspool.kernels.linear import PackedWeight, fits as packs
+from unspool.kernels.memory import reserve
 
 __all__ = ["LowRankPair", "Pairs", "RowsOfPairs", "fits"]
 
@@ -69,7 +70,8 @@ class LowRankPair:
             end = torch.where(used, number + 1, 0).amax(1)
             first = torch.minimum(first, end)
             kept = (number >= first[:, None]) & (number < end[:, None])
-            self._up = lines[kept].contiguous()
+            used_lines = lines[kept]
+            self._up = reserve(used_lines.nbytes).view(torch.bfloat16).view_as(used_lines).copy_(used_lines)
             sizes = end - first
             self._spans = torch.stack([sizes.cumsum(0) - sizes, first, end], 1).contiguous()
         self._struct = _Struct(

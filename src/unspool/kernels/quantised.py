@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unspool.kernels import native
+from unspool.kernels.memory import reserve
 
 __all__ = ["PackedCodes", "usable"]
 
@@ -87,7 +88,7 @@ class PackedCodes:
         self.groups = -(-inputs // step)
         width = self.groups * step
         with torch.inference_mode(False):
-            self._lines = torch.zeros(padded * width // (2 if nibbles else 1), dtype=torch.uint8)
+            self._lines = reserve(padded * width // (2 if nibbles else 1))
             self._units = torch.zeros(padded)
             shape = (padded // _LANES, self.groups, _LANES)
             self._scales = torch.zeros(shape, dtype=torch.float16) if nibbles else None
