@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from unspool.cache import LayerGroup, PagedStore
 from unspool.cache.blocks import GONE, Blocks
 from unspool.cache.prefix import PrefixIndex
+from unspool.cache.swap import SwapArea
 from unspool.continuous.room import Room
 from unspool.decode.sequence import Sequence
 
@@ -28,8 +29,9 @@ class RoomMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.store = PagedStore(GROUPS, self.blocks, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
-        self.room = Room(self.store, sharing=True)
+        self.room = Room(self.store, sharing=True, swap=SwapArea(self.store, self.blocks))
         self.rows: dict[Sequence, str] = {}
+        self.aside: dict[Sequence, str] = {}
         self.texts = count()
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), tenant=st.sampled_from("ab"))
@@ -73,7 +75,27 @@ class RoomMachine(RuleBasedStateMachine):
         del self.rows[row]
         nodes = self.room.release(row)
         if forget:
-            self.room.index.forget(nodes)
+            self.room.forget(nodes)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def put_aside(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(list(self.rows)))
+        tenant = self.rows.pop(row)
+        self.room.put_aside([row])
+        self.room.release(row)
+        if self.room.is_aside(row):
+            self.aside[row] = tenant
+
+    @precondition(lambda self: self.aside)
+    @rule(data=st.data())
+    def bring_back(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(list(self.aside)))
+        self.room.clock += 1
+        if self.room.bring_back([row], self.aside[row]):
+            self.rows[row] = self.aside.pop(row)
+        else:
+            assert not row.blocks and self.room.is_aside(row)
 
     @invariant()
     def every_row_reads_its_own_text(self) -> None:
@@ -94,13 +116,52 @@ class RoomMachine(RuleBasedStateMachine):
             assert node.users == users[node]
 
     def teardown(self) -> None:
-        for row in list(self.rows):
+        for row in self.rows:
             self.room.release(row)
+        for row in self.aside:
+            self.room.discard(row)
         check_all_given_back(self.room)
 
 
 RoomMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 test_room = RoomMachine.TestCase
+
+
+def test_a_row_that_comes_back_pushes_out_the_beginning_that_it_was_found_by() -> None:
+    """Its own window is past that block, which is therefore given up for it."""
+    store = PagedStore(
+        (LayerGroup((0,), kv_heads=1, head_dim=2, window=5),),
+        4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        block_size=SIZE,
+    )
+    room = Room(store, sharing=True, swap=SwapArea(store, [8]))
+
+    def compute(row: Sequence, tokens: int) -> None:
+        assert row.blocks or room.admit(row, None)
+        while row.computed < tokens:
+            assert room.extend(row, SIZE)
+            row.computed += SIZE
+            room.advance(row)
+
+    first, other = Sequence(0, list(range(20))), Sequence(0, [20])
+    compute(first, 16)
+    room.put_aside([first])
+    room.release(first)
+    shorter = Sequence(0, [0, 1, 2, 3, 4])
+    compute(shorter, 8)
+    room.release(shorter)
+    room.index.give_up(0, store.blocks[0].idle - 1)
+    assert room.index.find(room.index.root(None), first.tokens, 16), "its first block is the one that is left"
+    assert store.extend(other, (store.blocks[0].free - 1) * SIZE)
+    assert room.bring_back([first], None)
+    check_accounts(room, [first, other])
+    compute(first, 20)
+    check_accounts(room, [first, other])
+    for row in (first, other):
+        room.release(row)
+    check_all_given_back(room)
 
 
 def test_a_row_waits_for_a_beginning_that_is_just_being_computed() -> None:

@@ -298,17 +298,18 @@ def test_a_fault_ends_its_request_alone(fault: str, model: Any, expected: list[l
     assert broken.generated_tokens == expected[0][: len(broken.generated_tokens)]
 
 
-def test_what_is_not_a_number_stays_with_its_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prompt", [14, 40], ids=["none", "some of its blocks are findable"])
+def test_what_is_not_a_number_stays_with_its_request(prompt: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's attention reads rows as a rectangle: what a failed request left in a block must not reach the next."""
     monkeypatch.setattr(registry, "serves", lambda store: False)
-    manager = make(model, num_blocks=8)
+    manager = make(model, num_blocks=8, max_batch_tokens=64)
     store = manager._engine.room.store
     long = manager.add_request(PROMPTS[2], max_new_tokens=20)
-    bad = manager.add_request([5] * 14, max_new_tokens=20)
+    bad = manager.add_request([5] * prompt, max_new_tokens=20)
     manager.step()
     (row,) = next(state.rows for name, state in manager._engine.scheduler.active_requests.items() if name == bad)
     for pool in (store.keys[0], store.values[0]):
-        pool[[row.blocks[0][0] * 16 + place for place in range(14)]] = float("nan")
+        pool[[row.blocks[0][place // 16] * 16 + place % 16 for place in range(row.computed)]] = float("nan")
     manager.step()
     assert isinstance(manager.get_result(bad).exception, NonFiniteLogits)
     others = [manager.add_request([5 + i] * (2 + i), max_new_tokens=4) for i in range(4)]

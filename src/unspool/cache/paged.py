@@ -303,16 +303,16 @@ class PagedStore:
         for row, table in zip(order, tables, strict=True):
             row.blocks = [list(table) for _ in self.groups]
 
-    def wipe(self, row: Row) -> None:
-        """Zero the blocks that only `row` holds and nobody can find.
+    def wipe(self, index: int, blocks: Iterable[int]) -> None:
+        """Zero those of `blocks` of layer group number `index` that are free.
 
         Attention over a rectangle masks what lies behind a row's end, but a masked NaN is still a NaN.
         """
-        for group, pool, table in zip(self.groups, self.blocks, row.blocks, strict=False):  # a row may have no blocks
-            own = [b for b in table if b != GONE and pool.references(b) == 1 and not pool.is_kept(b)]
-            for layer in group.layers if own else ():
-                self._by_block(self.keys[layer])[own] = 0
-                self._by_block(self.values[layer])[own] = 0
+        pool = self.blocks[index]
+        free = [b for b in blocks if b != GONE and not pool.references(b) and not pool.is_kept(b)]
+        for layer in self.groups[index].layers if free else ():
+            self._by_block(self.keys[layer])[free] = 0
+            self._by_block(self.values[layer])[free] = 0
 
     def release(self, row: Row) -> None:
         """Drop every block of `row`."""

@@ -162,7 +162,7 @@ class Engine:
 
     def evict(self, request_id: str) -> None:
         """Forget what is kept of a request that ended."""
-        self.room.index.forget(self._ended.pop(request_id, []))
+        self.room.forget(self._ended.pop(request_id, []))
 
     def metrics(self) -> Metrics:
         """The numbers now; from any thread, then a step may be under way."""

@@ -220,6 +220,19 @@ class Room:
             self.index.leave(trail.nodes)
         return trail.nodes[1:]
 
+    def forget(self, nodes: Items[Node], tables: Items[list[list[int]]] = ()) -> None:
+        """Forget what is indexed at `nodes`, and zero what is free then of it and of `tables` of rows; see `release`.
+
+        What others use stays.
+        """
+        every = [{node.blocks[index] for node in nodes} for index in range(len(self.store.groups))]
+        for table in tables:
+            for blocks, held in zip(every, table, strict=False):  # a row may have no blocks
+                blocks.update(held)
+        self.index.forget(nodes)
+        for index, blocks in enumerate(every):
+            self.store.wipe(index, blocks)
+
     def put_aside(self, rows: Items[Sequence]) -> None:
         """Copy what is stored of a request's rows, which are to be released, into the swap area if there is room."""
         if self.swap is None or not rows[0].blocks or rows[0] in self._shelves:
@@ -244,6 +257,7 @@ class Room:
         if self.sharing and len(rows) == 1:
             root = self.index.root(key)
             nodes = [root, *self.index.find(root, rows[0].tokens, min(shelf.computed[0], len(rows[0].tokens)))]
+            self.index.use(nodes)  # at once: what is given up below must not take them out of the tree
         found = [self._found(shelf, index, nodes[1:]) for index in range(len(self.store.groups))]
         for pool, at in zip(self.store.blocks, found, strict=True):
             pool.share(list(at.values()))
@@ -251,6 +265,7 @@ class Room:
         if any(len(some) > pool.free + pool.idle for some, pool in zip(lists, self.store.blocks, strict=True)):
             for pool, at in zip(self.store.blocks, found, strict=True):
                 pool.drop(list(at.values()))
+            self.index.leave(nodes)
             return False
         for index, (some, pool) in enumerate(zip(lists, self.store.blocks, strict=True)):
             self.index.give_up(index, len(some) - pool.free)
@@ -260,7 +275,6 @@ class Room:
             found[index] |= zip(some, taken, strict=True)
         self._restore(rows, shelf, found)
         if nodes:
-            self.index.use(nodes)
             self._trails[rows[0]] = _Trail(nodes, moved=self.clock)
             self.advance(rows[0])
         return True

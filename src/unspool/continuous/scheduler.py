@@ -211,13 +211,10 @@ class Scheduler(ABC):
         state.work, state.reach = [], 0
         if state.seen is not None:
             state.seen = max(state.seen, state.rows[0].computed)
-        state.nodes = []
-        for row in state.rows:
-            if state.error is not None:
-                self.cache.store.wipe(row)
-            state.nodes += self.cache.release(row)
+        tables = [row.blocks for row in state.rows]
+        state.nodes = [node for row in state.rows for node in self.cache.release(row)]
         if forget:
-            self.cache.index.forget(state.nodes)
+            self.cache.forget(state.nodes, tables)
         state.home.leave(state)
 
     def _preempt(self, state: RequestState, *, counts: bool = True) -> None:
