@@ -17,6 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 import unspool
 from unspool.bridge import probe
+from unspool.bridge.capture import answered
 from unspool.bridge.rows import RowsRunner
 from unspool.decode.runner import PagedRunner
 from unspool.kernels import plain
@@ -330,3 +331,21 @@ def test_enabling_brings_continuous_batching(caplog: pytest.LogCaptureFixture) -
     assert alone.generated_tokens == list(outputs.values())[1].generated_tokens
     assert [getattr(mixin, name) for name in names] == originals
     assert not any(name in vars(mixin) for name in names)
+
+
+def test_a_call_that_cannot_begin_leaves_the_next_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*given: object) -> torch.Tensor:
+        raise AssertionError("nothing is attended to here")
+
+    def register(name: str, function: object) -> None:
+        raise RuntimeError("not now")
+
+    own = torch.nn.Linear.forward
+    config = transformers.LlamaConfig(attn_implementation="eager")
+    with monkeypatch.context() as broken:
+        broken.setattr(transformers.AttentionInterface, "register", register)
+        with pytest.raises(RuntimeError, match="not now"), answered(look):
+            pass
+    with answered(look):
+        assert config._attn_implementation == "unspool"
+    assert config._attn_implementation == "eager" and torch.nn.Linear.forward is own

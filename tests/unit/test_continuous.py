@@ -379,6 +379,35 @@ def test_a_scheduler_that_raises_ends_the_manager_and_everybody_is_told(model: A
     manager.stop()
 
 
+def test_who_waits_while_a_failure_is_told_is_told_too(model: Any) -> None:
+    """Requests are answered one after another; until all of them are, there is something to wait for."""
+    manager = make(model)
+    entered = threading.Event()
+
+    def slow(output: GenerationOutput) -> None:
+        entered.set()
+        time.sleep(0.3)
+
+    names = [manager.add_request(prompt) for prompt in PROMPTS[:2]]
+    manager.register_result_handler(names[0], slow)
+    manager._engine.scheduler.schedule_batch = lambda *budgets: 1 / 0
+    manager.start()
+    assert entered.wait(30)
+    assert isinstance(manager.get_result(names[1], timeout=30).exception, ManagerStopped)
+
+
+def test_who_waits_for_any_output_is_told_of_the_end(model: Any) -> None:
+    manager = make(model)
+    manager.start()
+    took: list[Any] = []
+    waiter = threading.Thread(target=lambda: took.append(manager.get_result()), daemon=True)
+    waiter.start()
+    time.sleep(0.1)
+    manager.stop()
+    waiter.join(20)
+    assert took == [None]
+
+
 def test_a_killed_thread_is_no_silence(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
@@ -438,6 +467,27 @@ def test_cancelling_at_every_moment(model: Any, expected: list[list[int]]) -> No
         assert all((one.status is RequestStatus.CANCELLED) == (one.finish_reason == "cancelled") for one in outputs)
         assert_nothing_is_left(manager)
         assert not manager.cancel_request(names[1]) and not manager.cancel_request("nobody")
+
+
+def test_cancelling_before_the_scheduler_knows_the_request(model: Any) -> None:
+    """It comes, and is cancelled, while others are taken in for a step."""
+    manager = make(model)
+
+    class Adds:
+        def put(self, value: torch.Tensor) -> None:
+            if value.numel() > 1:  # the prompt
+                manager.add_request([5, 6], "late", num_beams=2, num_return_sequences=2)
+                assert manager.cancel_request("late__child#0")
+
+        def end(self) -> None: ...
+
+    manager.add_request([3, 4], "first", streamer=Adds())
+    finish(manager)
+    assert manager.get_result("first").finish_reason == "length"
+    for name in ("late", "late__child#0"):
+        output = manager.get_result(name)
+        assert (output.finish_reason, output.generated_tokens) == ("cancelled", [])
+    assert_nothing_is_left(manager)
 
 
 def test_cancelling_cancels_every_output(model: Any) -> None:

@@ -83,8 +83,8 @@ class answered:
 def _install() -> None:
     global _users, _originals
     with _lock:
-        _users += 1
-        if _users > 1:
+        if _users:
+            _users += 1
             return
         base = import_module("transformers.configuration_utils").PreTrainedConfig
         import_module("transformers.modeling_utils").AttentionInterface.register(_NAME, _attention)
@@ -92,6 +92,7 @@ def _install() -> None:
         base._attn_implementation = _told(_originals[0])
         if usable():
             nn.Linear.forward = _multiplied(_originals[1])  # type: ignore[method-assign, assignment]
+        _users = 1
 
 
 def _remove() -> None:

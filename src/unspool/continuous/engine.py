@@ -104,7 +104,9 @@ class Engine:
                 self._sent[state] = 0
             for child in state.children:
                 self.live[child.request_id] = child
-            if wishes.streamer is not None and not self._stream(state, [state.prompt_ids]):
+            if wishes.streamer is not None:
+                self._stream(state, [state.prompt_ids])
+            if state.finish_reason is not None:  # the streamer raised, or it was cancelled before
                 self._close(state)
                 continue
             self.scheduler.add_waiting_request(state)

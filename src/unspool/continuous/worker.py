@@ -45,6 +45,7 @@ class Worker:
         self._stop: str | None = None  # "drain" or "abort", once asked for
         self._pauses = 0
         self._thread: threading.Thread | None = None
+        self._silent = False  # the thread has given its last answer, also of those that tell why it failed
         self._began: float | None = None  # when the step under way began
         self._stepping = threading.RLock()  # held during a step, and by whoever pauses
 
@@ -55,7 +56,8 @@ class Worker:
 
     def hopeless(self) -> bool:
         """Whether no further output will come by itself."""
-        return not self.is_running()
+        thread = self._thread
+        return self._silent or self._process != os.getpid() or thread is None or not thread.is_alive()
 
     def check_open(self) -> None:
         """Raise `ManagerStopped` where no request can be taken any more."""
@@ -86,8 +88,13 @@ class Worker:
 
     def cancel(self, request_id: str) -> None:
         """Cancel a live request; it is answered before the next step."""
-        self.engine.scheduler.set_request_cancellation(self.engine.parents.get(request_id, request_id))
+        name = self.engine.parents.get(request_id, request_id)
         with self._changed:
+            arrived = next((state for state in self._arrived if state.request_id == name), None)
+            if arrived is None:
+                self.engine.scheduler.set_request_cancellation(name)
+            else:  # the scheduler does not know it yet, and would forget the mark
+                arrived.end("cancelled")
             self._changed.notify_all()
 
     def start(self) -> None:
@@ -98,6 +105,7 @@ class Worker:
         with self._changed:
             self._stop = None
             self.check_open()
+            self._silent = False
             self._thread = threading.Thread(target=self._run, name="unspool-continuous", daemon=True)
             self._thread.start()
             if self._watchdog is not None:
@@ -214,6 +222,7 @@ class Worker:
             if not isinstance(error, Exception):
                 raise
         finally:
+            self._silent = True
             self.engine.outbox.wake()
 
     def _next_turn(self) -> bool:
@@ -282,5 +291,6 @@ class Worker:
                     self.fatal = TimeoutError(text)
                 failure = ManagerStopped(text)
                 self._answer_bare(failure)
+                self._silent = True
                 self.engine.outbox.wake()
                 return
