@@ -7,7 +7,6 @@ import logging
 import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence as Items
 from contextlib import AbstractContextManager
-from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -16,31 +15,19 @@ from torch import Tensor
 
 from unspool.config import ContinuousBatchingConfig, GenerationConfig
 from unspool.config.ranges import Check, check_number
-from unspool.continuous.engine import Engine
+from unspool.continuous.arrival import check_fits, check_name, states_of
+from unspool.continuous.assembly import make_engine
 from unspool.continuous.metrics import Metrics
-from unspool.continuous.modes import BEAMS, rows_in_step, set_apart, stands_apart, stored_at_worst
 from unspool.continuous.outbox import Outbox
-from unspool.continuous.plain import PlainRows
 from unspool.continuous.reading import Arguments, Reader, merged_config
-from unspool.continuous.requests import GenerationOutput, RequestState, RequestStatus, Usage, Wishes
-from unspool.continuous.room import Room
-from unspool.continuous.scheduler import scheduler_class
-from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
+from unspool.continuous.requests import GenerationOutput, RequestState, RequestStatus, Usage
 from unspool.continuous.view import Watch
 from unspool.continuous.worker import Worker
-from unspool.decode.fault import find_fault
-from unspool.decode.invariant import InvariantRunner, is_invariant
-from unspool.decode.runner import Decoder, PagedRunner
-from unspool.decode.sequence import Sequence
-from unspool.errors import Unsupported
-from unspool.models.base import Model
+from unspool.decode.runner import Decoder
 
 __all__ = ["ContinuousBatchingManager", "RequestStream"]
 
 logger = logging.getLogger("unspool")
-
-_CHILD = "__child#"
-_PLACES = 256  # most requests that run at a time, when nobody says
 
 
 class ContinuousBatchingManager:
@@ -96,7 +83,7 @@ class ContinuousBatchingManager:
         self._reader = Reader(served, self.generation_config, seed=config.seed, return_logprobs=config.return_logprobs)
         self._outbox = Outbox()
         self._ids = count()
-        self._engine = _make_engine(served, config, self._outbox, wanted)
+        self._engine = make_engine(served, config, self._outbox, wanted)
         self._engine.remembers = manual_eviction
         self._worker = Worker(
             self._engine,
@@ -279,7 +266,7 @@ class ContinuousBatchingManager:
         """
         self._worker.check_open()
         if request_id is not None:
-            _check_name(request_id)
+            check_name(request_id)
         arguments = Arguments(
             generation_config=generation_config,
             streaming=streaming,
@@ -303,9 +290,9 @@ class ContinuousBatchingManager:
         )
         settings = kwargs if max_new_tokens is None else {"max_new_tokens": max_new_tokens, **kwargs}
         number, every = self._reader.read(input_ids, arguments, settings)
-        self._check_fits(every[0])
+        check_fits(every[0], self._engine)
         name = self._new_name() if request_id is None else request_id
-        self._submit(self._states(name, number, every))
+        self._submit(states_of(name, number, every, self._decoder, self._engine.plain))
         return name
 
     def add_requests(
@@ -412,53 +399,6 @@ class ContinuousBatchingManager:
         with self._worker.pause():
             self._engine.evict(request_id)
 
-    def _states(self, name: str, number: int, every: list[Wishes]) -> list[RequestState]:
-        """A request's outputs: rows of their own, or one set of beams that several outputs come of."""
-        fault = partial(find_fault, self._decoder)
-        states: list[RequestState] = []
-        for i, wishes in enumerate(every):
-            if not stands_apart(wishes):
-                rows = [Sequence(0, list(wishes.prompt), adapter=wishes.adapter)]
-                states.append(RequestState(_child(name, i), number, wishes.prompt, wishes, self._engine.plain, rows))
-                continue
-            home = set_apart(self._decoder, wishes, fault)
-            outputs = int(wishes.config.num_return_sequences or 1) if wishes.mode in BEAMS else 1
-            home.states = [
-                RequestState(
-                    _child(name, i + output),
-                    number,
-                    wishes.prompt,
-                    wishes,
-                    home,
-                    home.group.rows,
-                    made=None if home.one_text else [],
-                    leaders=home.leaders,
-                    prompt_told=home.prompt_told,
-                    seen=0 if wishes.sees_prompt else None,
-                )
-                for output in range(outputs)
-            ]
-            home.states[0].children = home.states[1:]
-            states.append(home.states[0])
-        return states
-
-    def _check_fits(self, wishes: Wishes) -> None:
-        engine = self._engine
-        rows = rows_in_step(wishes)
-        if rows > engine.token_budget:
-            raise ValueError(
-                f"the request decides {rows} rows together, more than max_batch_tokens={engine.token_budget}, tokens "
-                "of a step; lower num_beams (or top_k of contrastive search), or raise it"
-            )
-        if not engine.room.holds(*stored_at_worst(wishes, engine.room.store.block_size, sharing=engine.room.sharing)):
-            most = wishes.limits.max_columns
-            grown = f"{most} in each of {rows} rows" if rows > 1 else f"{most}"
-            raise ValueError(
-                f"input_ids has {len(wishes.prompt)} tokens and the request may grow to {grown}, but the cache holds "
-                f"{engine.room.capacity}; "
-                "lower max_new_tokens (or num_beams), or raise num_blocks or max_memory_percent"
-            )
-
     def _submit(self, states: list[RequestState]) -> None:
         opened: list[str] = []
         parents = self._engine.parents
@@ -536,55 +476,3 @@ class RequestStream:
             raise StopAsyncIteration
         self._over = output.is_finished()
         return output
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"request_id must be a text, not {name!r}")
-    if not name or _CHILD in name:
-        raise ValueError(f"request_id={name!r} must not be empty, nor hold {_CHILD!r}, which names further outputs")
-
-
-def _child(name: str, number: int) -> str:
-    """What output number `number` of a request is called."""
-    return f"{name}{_CHILD}{number - 1}" if number else name
-
-
-def _may_run_ahead(model: Decoder, config: ContinuousBatchingConfig) -> bool:
-    """Whether a step may be launched before the host has seen the last one: none is told of a row's whole length."""
-    plain = not model.spec.needs_extents and model.spec.recompute_past is None
-    return plain and model.device.type == "cuda" and config.use_async_batching is not False
-
-
-def _make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
-    places = config.max_requests_per_batch or _PLACES
-    kind = scheduler_class(config.scheduler_type)
-    deterministic = _deterministic(model, config.deterministic)
-    budget = tokens_per_step(config, model.device)
-    store = make_store(model, config, places, budget, wanted)
-    runner = InvariantRunner if deterministic and not is_invariant(model, store) else PagedRunner
-    # Keys that depend on a row's whole length are not another row's.
-    sharing = config.allow_block_sharing and not model.spec.needs_extents
-    room = Room(store, sharing=sharing, swap=make_swap(store, config))
-    scheduler = kind(room, config.safety_margin, places, recompute_past=model.spec.recompute_past)
-    return Engine(
-        runner(model, store, model.device, forks=True),
-        model.device,
-        scheduler,
-        PlainRows(places, model.device, partial(find_fault, model)),
-        outbox,
-        token_budget=budget,
-        ahead=_may_run_ahead(model, config),
-    )
-
-
-def _deterministic(model: Decoder, asked: bool | None) -> bool:
-    """Whether rows must be the same bits in any company.
-
-    Raises:
-        Unsupported: that is asked for, and nobody can promise it.
-    """
-    cpu = model.device.type == "cpu"
-    if asked and not cpu:
-        raise Unsupported(f"deterministic=True is promised on a CPU only, and the model is on {model.device}")
-    return cpu and isinstance(model, Model) if asked is None else asked

@@ -1,0 +1,74 @@
+"""A manager's engine, put together as its configuration says."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from unspool.config import ContinuousBatchingConfig
+from unspool.continuous.engine import Engine
+from unspool.continuous.outbox import Outbox
+from unspool.continuous.plain import PlainRows
+from unspool.continuous.room import Room
+from unspool.continuous.scheduler import scheduler_class
+from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
+from unspool.decode.fault import find_fault
+from unspool.decode.invariant import InvariantRunner, is_invariant
+from unspool.decode.runner import Decoder, PagedRunner
+from unspool.errors import Unsupported
+from unspool.models.base import Model
+
+__all__ = ["make_engine"]
+
+_PLACES = 256  # most requests that run at a time, when nobody says
+
+
+def _may_run_ahead(model: Decoder, config: ContinuousBatchingConfig) -> bool:
+    """Whether a step may be launched before the host has seen the last one: none is told of a row's whole length."""
+    plain = not model.spec.needs_extents and model.spec.recompute_past is None
+    return plain and model.device.type == "cuda" and config.use_async_batching is not False
+
+
+def make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
+    """The engine of a manager, with its store.
+
+    Args:
+        model: computes.
+        config: sizes, limits and the scheduler.
+        outbox: where outputs go.
+        wanted: tokens of keys and values that are known to be enough, or `None`.
+
+    Raises:
+        ValueError, Unsupported: a setting is wrong.
+        OutOfMemory: no room for keys and values.
+    """
+    places = config.max_requests_per_batch or _PLACES
+    kind = scheduler_class(config.scheduler_type)
+    deterministic = _deterministic(model, config.deterministic)
+    budget = tokens_per_step(config, model.device)
+    store = make_store(model, config, places, budget, wanted)
+    runner = InvariantRunner if deterministic and not is_invariant(model, store) else PagedRunner
+    # Keys that depend on a row's whole length are not another row's.
+    sharing = config.allow_block_sharing and not model.spec.needs_extents
+    room = Room(store, sharing=sharing, swap=make_swap(store, config))
+    scheduler = kind(room, config.safety_margin, places, recompute_past=model.spec.recompute_past)
+    return Engine(
+        runner(model, store, model.device, forks=True),
+        model.device,
+        scheduler,
+        PlainRows(places, model.device, partial(find_fault, model)),
+        outbox,
+        token_budget=budget,
+        ahead=_may_run_ahead(model, config),
+    )
+
+
+def _deterministic(model: Decoder, asked: bool | None) -> bool:
+    """Whether rows must be the same bits in any company.
+
+    Raises:
+        Unsupported: that is asked for, and nobody can promise it.
+    """
+    cpu = model.device.type == "cpu"
+    if asked and not cpu:
+        raise Unsupported(f"deterministic=True is promised on a CPU only, and the model is on {model.device}")
+    return cpu and isinstance(model, Model) if asked is None else asked
