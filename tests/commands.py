@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "unspool.cli"]
+COMMAND = [sys.executable, "-m", "unspool"]
 ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT.pop("UNSPOOL_TRACEBACK", None)
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -130,9 +131,9 @@ def load(
     from unspool.weights import read_config
 
     # What is quick comes first: where it fails, no weights were read in vain.
+    device = _default_device() if device is None else _checked_device(device)
     read_config(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
-    device = _default_device() if device is None else device
     model = _load_model(folder, dtype, device, progress, config_overrides, quantize)
     model.name_or_path = os.fspath(path_or_id)
     return model, tokenizer
@@ -288,6 +289,8 @@ def locate(path_or_id: FileName, *, weights: bool = False, hub: HubArguments | N
         NotADirectoryError: A file was named.
     """
     hub = hub or HubArguments()
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise TypeError(f"a model is a name, a folder or a Hub id, not {path_or_id!r}")
     name = os.fspath(path_or_id)
     if isinstance(path_or_id, str) and name in BUILT_IN:
         return BUILT_IN[name] / hub.subfolder
@@ -297,6 +300,10 @@ def locate(path_or_id: FileName, *, weights: bool = False, hub: HubArguments | N
     if folder.is_file():
         raise NotADirectoryError(
             f"{name!r} is a file: give the folder that holds it, with config.json beside the weights"
+        )
+    if name in BUILT_IN_ADAPTERS:
+        raise FileNotFoundError(
+            f"{name!r} is no model but an adapter; load it beside one: model.load_adapter({name!r})"
         )
     if not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(name) or Path(name).is_dir():
         raise FileNotFoundError(
@@ -382,16 +389,17 @@ def _snapshot(repo: str, names: list[str], hub: HubArguments) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise FileNotFoundError(
             f"there is no folder {repo!r} here and no such repository on the Hub (a private one needs token=)"
+            f"{_like(repo)}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         if hub.local_files_only:
             raise FileNotFoundError(
                 f"there is no folder {repo!r} here, and {repo!r}{revision} was not downloaded before; "
-                "leave local_files_only out to fetch it"
+                f"leave local_files_only out to fetch it{_like(repo)}"
             ) from error
         raise ConnectionError(
             f"there is no folder {repo!r} here, and the Hub cannot be reached to fetch {repo!r}{revision}; "
-            "check the name, or the network (and HF_HUB_OFFLINE)"
+            f"check the name, or the network (and HF_HUB_OFFLINE){_like(repo)}"
         ) from error
     return Path(folder)
 
@@ -400,6 +408,31 @@ def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _checked_device(device: Device) -> Device:
+    """The device, if torch knows it and this machine may have it.
+
+    Raises:
+        ValueError: it is unknown, or a CUDA device that is not here.
+    """
+    import torch
+
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is unknown; use 'cpu', 'cuda', 'cuda:1' and the like") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind.type == "cuda" and (kind.index or 0) >= count:
+        have = f"there are {count} CUDA devices here" if count else "there is no CUDA device that torch can use here"
+        raise ValueError(f"device={str(device)!r}: {have}; leave it out, or use 'cpu'")
+    return device
+
+
+def _like(name: str) -> str:
+    """What may have been meant by a name that is no folder, in brackets."""
+    near = get_close_matches(name, [*BUILT_IN, *BUILT_IN_ADAPTERS], 1, 0.8)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _as_theirs(config: object | None) -> object | None:

@@ -185,3 +185,29 @@ def test_percentiles() -> None:
     spread: Any = _spread([4.0, 1.0, 2.0, 3.0, 10.0])
     assert spread == {"mean": 4.0, "p50": 3.0, "p90": pytest.approx(7.6), "p99": pytest.approx(9.76), "max": 10.0}
     assert _spread([]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "--input", "{file}", "--output", "out", "--system", "Be kind."), "--system has no meaning"),
+        (("generate", "--input", "{file}", "--output", "out", "--json"), "--json has no meaning"),
+        (("bench", "--input", "{file}", "--prompt-tokens", "5"), "--prompt-tokens is for random prompts"),
+        (("bench", "--chat"), "--chat goes with --input"),
+        (("bench", "--max-new-tokens", "5"), "--output-tokens says"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "Once"}\n')
+    assert run([one.format(file=file) for one in arguments]) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_a_prompt_is_not_echoed_before_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "Once", "--regex", "("]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "regex cannot be used" in err

@@ -530,3 +530,22 @@ def test_a_misspelt_setting_names_the_nearest(model: Any) -> None:
         model.generate(IDS, max_new_token=3)
     with pytest.raises(ValueError, match=r"temprature, top_kk .did you mean temperature, top_k"):
         model.generate(IDS, temprature=0.5, top_kk=3)
+
+
+def test_texts_and_encodings_in_place_of_ids_are_refused_with_the_way_out() -> None:
+    model, tokenizer = unspool.load("storyteller", device="cpu")
+    encoded = tokenizer(["Once"], return_tensors="pt")
+    with pytest.raises(TypeError, match=r"not BatchEncoding; .*generate\(\*\*inputs\)"):
+        model.generate(encoded)
+    with pytest.raises(ValueError, match="texts are encoded by the tokenizer"):
+        model.generate(["Once"])
+    for given in (encoded, "Once", ["Once", "Twice"]):
+        with pytest.raises(TypeError, match=r"pass tokenizer\(texts\).input_ids"):
+            model.generate_batch(given)
+    with pytest.raises(ValueError, match="did you mean max_new_tokens"):
+        model.generate_batch([[5]], max_new_token=3)
+    (output,) = model.generate_batch(encoded.input_ids, max_new_tokens=2, priority=1, do_sample=False).values()
+    assert output.generated_tokens == model.generate(**encoded, max_new_tokens=2, do_sample=False)[0, -2:].tolist()
+    wrapped = unspool.wrap(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"generate\(\*\*inputs\)"):
+        wrapped.generate("Once")

@@ -247,3 +247,19 @@ def test_built_in_models_are_in_the_package() -> None:
     for name, folder in hub.BUILT_IN.items():
         assert hub.locate(name) == folder
         assert all((folder / file).is_file() for file in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
+def test_names_and_devices_that_cannot_be_say_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter; load it beside one: model.load_adapter\('storyteller-pirate'\)"
+    ):
+        unspool.load("storyteller-pirate")
+    with pytest.raises(TypeError, match="not None"):
+        unspool.load(None)  # type: ignore[arg-type]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="did you mean 'storyteller'"):
+        unspool.load("storyteler", local_files_only=True)
+    with pytest.raises(ValueError, match="device='gpu' is unknown; use 'cpu', 'cuda'"):
+        unspool.load("storyteller", device="gpu")
+    with pytest.raises(ValueError, match="device='cuda:99': there"):
+        unspool.load("storyteller", device="cuda:99")

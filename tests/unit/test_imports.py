@@ -67,6 +67,7 @@ ROOMS: dict[str, set[str]] = {
     "hub": {"*"},
     "server": {"*"},
     "cli": {"*"},
+    "__main__": {"*"},
     "": {"*"},  # unspool/__init__.py
 }
 

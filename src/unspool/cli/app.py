@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unspool.cli.options import split, structure, with_shared_options
+from unspool.cli.options import refuse, split, structure, with_shared_options
 from unspool.cli.run import UsageError
 
 __all__ = ["app"]
@@ -110,6 +110,8 @@ def generate(
 
         if source is None or target is None or prompt is not None:
             raise UsageError("--input and --output go together, and without a PROMPT")
+        unused = {"--system": system, "--no-echo": no_echo, "--no-stream": no_stream, "--json": as_json}
+        refuse(unused, "has no meaning with --input; a line may have messages of its own, and becomes one JSON object")
         return partial(run_batch, BatchFiles(source, target), chosen, settings, chat, quiet, watch)
     if watch:
         raise UsageError("--watch goes with --input and --output")
@@ -170,9 +172,13 @@ def inspect(
 def bench(
     model: Model = "storyteller",
     requests: Annotated[int | None, _load("N", "How many requests; 64, or all lines of --input.", min=1)] = None,
-    prompt_tokens: Annotated[str, _load("N[:N]", "Length of prompts, drawn evenly between the two.")] = "64:256",
-    output_tokens: Annotated[str, _load("N[:N]", "Length of outputs, likewise.")] = "32:128",
-    shared_prefix: Annotated[int, _load("N", "Tokens at the beginning that all prompts share.", min=0)] = 0,
+    prompt_tokens: Annotated[
+        str | None, _load("N[:N]", "Length of prompts, drawn evenly between the two; 64:256.")
+    ] = None,
+    output_tokens: Annotated[str | None, _load("N[:N]", "Length of outputs, likewise; 32:128.")] = None,
+    shared_prefix: Annotated[
+        int | None, _load("N", "Tokens at the beginning that all prompts share; 0.", min=0)
+    ] = None,
     rate: Annotated[
         float | None, _load("X", "Requests a second, at random moments; else all at once.", min=1e-6)
     ] = None,
@@ -194,8 +200,17 @@ def bench(
     from unspool.cli.bench import Load, run, span
 
     chosen, settings = split(model, options)
-    prompt, output = span("--prompt-tokens", prompt_tokens), span("--output-tokens", output_tokens)
-    load = Load(requests, prompt, output, shared_prefix, rate, at_once, source, assistant)
+    lengths = {"--prompt-tokens": prompt_tokens, "--output-tokens": output_tokens, "--shared-prefix": shared_prefix}
+    if source is not None:
+        refuse(lengths, "is for random prompts; leave it out with --input")
+    else:
+        refuse({"--chat": chat}, "goes with --input")
+        limits = {"--max-new-tokens": "max_new_tokens", "--min-new-tokens": "min_new_tokens"}
+        given = {flag: settings.get(name) for flag, name in limits.items()}
+        refuse(given, "goes with --input; --output-tokens says how long outputs of random prompts are")
+    prompt = span("--prompt-tokens", prompt_tokens or "64:256")
+    output = span("--output-tokens", output_tokens or "32:128")
+    load = Load(requests, prompt, output, shared_prefix or 0, rate, at_once, source, assistant)
     return partial(run, load, chosen, settings, chat, as_json, watch)
 
 

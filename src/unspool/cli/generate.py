@@ -46,9 +46,7 @@ def run(request: Request) -> None:
     several = rows_of(model, settings) > 1
     streamed = request.stream and not request.as_json and not several
     lead = prompt if request.echo and not request.chat else ""
-    if streamed:
-        _write(dim(lead))
-    clock = Clock(Printer(tokenizer, prompt_ids) if streamed else None)
+    clock = Clock(Printer(tokenizer, prompt_ids, lead=dim(lead)) if streamed else None)
     output = complete(model, tokenizer, inputs, settings, clock)
     texts = _texts(output, prompt_ids, tokenizer, settings, model.generation_config)
     if request.as_json:

@@ -155,8 +155,9 @@ def _print_settings(generation: Any, everything: bool) -> None:
         return
     own = {name: getattr(resolved.config, name) for name, source in resolved.sources.items() if source == "model"}
     print("generation settings of the model" if own else "the model has no generation settings of its own")
+    width = max([20, *(len(name) + 2 for name in own)])
     for name, value in own.items():
-        print(f"  {name:<20}{value!r}")
+        print(f"  {name:<{width}}{value!r}")
 
 
 def _print(facts: Mapping[str, Any]) -> None:

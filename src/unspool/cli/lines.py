@@ -56,7 +56,7 @@ def read_line(
 
     line = Line(number)
     try:
-        values = json.loads(text)
+        values = _object(text)
         if not isinstance(values, dict):
             raise ValueError('a line must be a JSON object like {"prompt": "Once upon a time"}')
         line.own_id = values.pop("id", None)
@@ -68,6 +68,16 @@ def read_line(
     except Exception as error:
         line.error = error
     return line
+
+
+def _object(text: bytes) -> Any:
+    """The JSON of a line."""
+    if not text.strip():
+        raise ValueError("the line is empty")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f'the line is not JSON like {{"prompt": "Once upon a time"}}: {error}') from None
 
 
 def _encode(tokenizer: Tokenizer, values: dict[str, Any], chat: bool) -> list[int]:

@@ -13,7 +13,7 @@ import typer
 
 from unspool.cli.run import UsageError, describe
 
-__all__ = ["ModelOptions", "generation_settings", "split", "structure", "with_shared_options"]
+__all__ = ["ModelOptions", "generation_settings", "refuse", "split", "structure", "with_shared_options"]
 
 
 class Shared(NamedTuple):
@@ -138,6 +138,13 @@ def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
         settings.setdefault("do_sample", True)
     _check(settings)
     return settings
+
+
+def refuse(options: dict[str, Any], why: str) -> None:
+    """Raise `UsageError` with `why` for the first of these options, by flag, that was given."""
+    for flag, value in options.items():
+        if value is not None and value is not False:
+            raise UsageError(f"{flag} {why}")
 
 
 def structure(json_schema: str | None, regex: str | None, grammar: str | None) -> dict[str, str | None]:

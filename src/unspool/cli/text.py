@@ -134,13 +134,19 @@ class Printer:
         tokenizer, prompt_ids: how the tokens are spelt, and those before them.
         columns: width of the terminal in which lines break between words; `None` writes the text as it is. A word is
             then written when it is whole.
+        lead: what is written before the first token, once it is sure that there is a call to run.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], columns: int | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], columns: int | None = None, lead: str = "") -> None:
         from unspool.streaming import IncrementalDetokenizer
 
+        self._lead = lead
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True, prompt_ids=prompt_ids)
         self._lines = None if columns is None else Lines(columns)
+
+    def begin(self) -> None:
+        """Write what comes before the tokens."""
+        self._write(self._lead)
 
     def put(self, ids: list[int]) -> None:
         """Write what the tokens make final."""
@@ -231,6 +237,8 @@ class Clock:
         """Take the prompt `[rows, columns]`, then each step's tokens `[rows]`."""
         if not self._prompt_seen:
             self._prompt_seen = True
+            if self.printer is not None:
+                self.printer.begin()
             return
         self.last = time.perf_counter()
         self.first = self.first or self.last

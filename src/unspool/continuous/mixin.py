@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence as Items
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 from unspool.config import ContinuousBatchingConfig, GenerationConfig, resolve
+from unspool.config.unknown import no_use_for
 from unspool.continuous.manager import ContinuousBatchingManager
-from unspool.continuous.reading import merged_config
+from unspool.continuous.reading import Arguments, merged_config
 from unspool.continuous.requests import GenerationOutput
 from unspool.decode.runner import Decoder
 from unspool.models.base import Model
@@ -65,6 +67,10 @@ class ContinuousMixin:
         inputs = _prompts(inputs)
         if not inputs:
             return {}
+        arguments = {field.name for field in fields(Arguments)}
+        known = resolve({name: value for name, value in kwargs.items() if name not in arguments}, None)
+        if known.unused:
+            raise ValueError(no_use_for("generate_batch()", known.unused))
         manager = self.init_continuous_batching(
             generation_config,
             allow_block_sharing=allow_block_sharing,
@@ -170,7 +176,12 @@ def _prompts(inputs: Any) -> list[Any]:
     """A call's prompts as a list, also of a tensor `[prompts, columns]`."""
     every = inputs.tolist() if hasattr(inputs, "tolist") else inputs
     if not isinstance(every, list | tuple):
-        raise TypeError(f"inputs must be a list of prompts, each a list of token ids, not {type(inputs).__name__}")
+        raise TypeError(
+            f"inputs must be a list of prompts, each a list of token ids, not {type(inputs).__name__}; "
+            "pass tokenizer(texts).input_ids"
+        )
+    if every and all(isinstance(prompt, str) for prompt in every):
+        raise TypeError("inputs must hold token ids, not texts; pass tokenizer(texts).input_ids")
     if every and isinstance(every[0], int):
         raise TypeError("inputs must be a list of prompts, each a list of token ids; write [prompt] for one")
     return list(every)

@@ -114,6 +114,11 @@ class ForeignSource:
     ) -> tuple[Tensor, str, dict[str, Any]]:
         """What the module (of an encoder-decoder, the encoder) reads, its name, and the other inputs."""
         foreign = self.foreign
+        if given is not None and not isinstance(given, (Tensor, list)):
+            raise TypeError(
+                f"input_ids must be a tensor, or a list of token ids for each row, not {type(given).__name__}; "
+                "pass what the tokenizer gave as generate(**inputs)"
+            )
         if isinstance(given, list) or isinstance(inputs.get("input_ids"), list):
             given, inputs = _from_lists(given, inputs, config.pad_token_id)
         hook = foreign.hook("_prepare_model_inputs")

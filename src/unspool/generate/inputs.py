@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,15 +119,20 @@ def _rectangle(inputs: Any, bos: int | None, pad: int | None, device: torch.devi
         return torch.full((1 if inputs is None else inputs.shape[0], 1), bos, device=device)
     if isinstance(inputs, list):
         if not inputs or not all(isinstance(row, list) and row for row in inputs):
-            raise ValueError("input_ids as a list must hold one non-empty list of token ids per row")
+            raise ValueError(
+                "input_ids as a list must hold one non-empty list of token ids per row, as [[5, 6, 7], [8]]; "
+                "texts are encoded by the tokenizer first"
+            )
         columns = max(map(len, inputs))
         filler = 0 if pad is None else pad
         inputs = torch.tensor([[filler] * (columns - len(row)) + row for row in inputs])
     if not isinstance(inputs, Tensor):
-        raise TypeError(
-            f"input_ids must be a tensor [rows, columns] of token ids, not {type(inputs).__name__}; "
-            'pass tokenizer(text, return_tensors="pt").input_ids'
+        way = (
+            "pass what the tokenizer gave as generate(**inputs)"
+            if isinstance(inputs, Mapping)
+            else 'pass tokenizer(text, return_tensors="pt").input_ids'
         )
+        raise TypeError(f"input_ids must be a tensor [rows, columns] of token ids, not {type(inputs).__name__}; {way}")
     if inputs.ndim != 2 or inputs.shape[0] == 0:
         hint = "; add a row dimension with input_ids[None]" if inputs.ndim == 1 else ""
         raise ValueError(f"input_ids must be [rows, columns] with at least one row, not {list(inputs.shape)}{hint}")

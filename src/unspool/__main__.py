@@ -1,0 +1,5 @@
+"""`python -m unspool` is the `unspool` command."""
+
+from unspool.cli import main
+
+main()
