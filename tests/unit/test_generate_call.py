@@ -546,6 +546,12 @@ def test_texts_and_encodings_in_place_of_ids_are_refused_with_the_way_out() -> N
         model.generate_batch([[5]], max_new_token=3)
     (output,) = model.generate_batch(encoded.input_ids, max_new_tokens=2, priority=1, do_sample=False).values()
     assert output.generated_tokens == model.generate(**encoded, max_new_tokens=2, do_sample=False)[0, -2:].tolist()
-    wrapped = unspool.wrap(torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match=r"generate\(\*\*inputs\)"):
-        wrapped.generate("Once")
+
+
+def test_a_text_for_a_module_is_refused_with_the_way_out() -> None:
+    class Counter(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(input_ids, 11).float()
+
+    with pytest.raises(TypeError, match=r"not str; .*generate\(\*\*inputs\)"):
+        unspool.wrap(Counter()).generate("Once")
