@@ -189,3 +189,53 @@ def test_seed_page(library: str) -> None:
 
 
 EXPECTED: dict[str, list[int]] = {}
+
+
+@pytest.mark.parametrize(("quantize", "bound"), [("int8", 0.06), ("int4", 0.015), ("nf4", 0.015)])
+def test_on_quantised_weights(quantize: str, bound: float, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """As on a plain model with the very weights that the codes stand for, alone and in company."""
+    for seed, kind in enumerate(("lora", "dora")):
+        make_adapter(theirs(checkpoints["llama"]), "llama", kind, tmp_path / kind, seed)
+    ours: Any = unspool.hub._load_model(checkpoints["llama"], "float32", "cpu", quantize=quantize)
+    plain: Any = unspool.AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype="float32")
+    plain.load_state_dict(ours.state_dict())
+    inputs = prompts(3)
+    bare = ours(**inputs).logits
+    for name in ("lora", "dora"):
+        for model in (ours, plain):
+            model.load_adapter(tmp_path / name, adapter_name=name)
+            model.set_adapter(name)
+        found, expected = ours(**inputs).logits, plain(**inputs).logits
+        assert float((found - expected).norm() / expected.norm()) < bound
+        assert float((found - bare).norm() / bare.norm()) > 5 * bound
+    names = ["lora", "dora", "__base__"]
+    together = ours.generate(**inputs, max_new_tokens=6, do_sample=False, adapter_names=names)
+    for row in range(3):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        alone = ours.generate(**one, max_new_tokens=6, do_sample=False, adapter_names=names[row : row + 1])
+        assert torch.equal(alone[0], together[row])
+    ours.unload()
+    assert torch.equal(ours(**inputs).logits, bare)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_peft_on_bitsandbytes(bits: int, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT around a model that bitsandbytes quantised, wrapped and enabled."""
+    pytest.importorskip("bitsandbytes")
+    for kind in ("lora", "dora"):
+        make_adapter(theirs(checkpoints["llama"]), "llama", kind, tmp_path / kind)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=config)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
+    model.load_adapter(str(tmp_path / "dora"), adapter_name="dora")
+    for name in ("default", "dora"):
+        model.set_adapter(name)
+        for way in ({}, {"num_beams": 3}, {"do_sample": True}):
+            torch.manual_seed(1)
+            expected = model.generate(**prompts(3), max_new_tokens=6, **way)
+            torch.manual_seed(1)
+            assert torch.equal(unspool.wrap(model).generate(**prompts(3), max_new_tokens=6, **way), expected)
+            torch.manual_seed(1)
+            with unspool.enabled():
+                assert torch.equal(model.generate(**prompts(3), max_new_tokens=6, **way), expected)

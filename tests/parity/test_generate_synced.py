@@ -37,10 +37,15 @@ else:
     for part in (*module.model.layers, module):
         fully_shard(part, mesh=mesh)
     generate = unspool.wrap(module).generate
+    if how == "enabled":
+        unspool.enable()
+        generate = module.generate
+# whoever does not say so is seen to need it
+said = {"synced_gpus": True} if how == "sharded" else {}
 found = []
 for more in json.loads(sys.argv[6]):
     ids = torch.tensor([[5, 9, 11], [17, 4, 8]])[rank:]
-    found.append(generate(ids, max_new_tokens=4 + 9 * rank, eos_token_id=None, pad_token_id=0, synced_gpus=True,
+    found.append(generate(ids, max_new_tokens=4 + 9 * rank, eos_token_id=None, pad_token_id=0, **said,
                           **more).tolist())
 print(json.dumps(found))
 dist.destroy_process_group()
@@ -55,7 +60,7 @@ def port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.mark.parametrize("how", ["sharded", "native"])
+@pytest.mark.parametrize("how", ["sharded", "enabled", "native"])
 def test_two_processes_share_the_weights(how: str, tmp_path: Path) -> None:
     """One process wants three times as many tokens as the other; without its share of the steps it would wait."""
     make_model("llama").save_pretrained(tmp_path)

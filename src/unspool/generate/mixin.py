@@ -79,7 +79,7 @@ class GenerationMixin:
             prefix_allowed_tokens_fn: `(row, tokens so far) -> allowed token ids` for every step.
             synced_gpus: several processes each decode prompts of their own with a model whose weights are spread over
                 them (FSDP, ZeRO-3); one whose rows have ended goes on taking part until all have. Needs an initialised
-                `torch.distributed`; not with drafts.
+                `torch.distributed`; not with drafts. `None`: where the weights are seen to be spread so.
             streamer: gets the prompt, then every step's tokens, then `end()`; when the call fails, `fail(error)`. With
                 beams it has a row for each prompt, and gets tokens once everything that may become its best output
                 begins with them.
@@ -111,7 +111,6 @@ class GenerationMixin:
 
         Source: `GenerationMixin.generate` of transformers v5.2.
         """
-        synced = check_synced(synced_gpus)
         trust = kwargs.pop("trust_remote_code", None)
         if isinstance(custom_generate, (str, os.PathLike)):
             function = load_custom_generate(custom_generate, trust, **kwargs)
@@ -144,8 +143,11 @@ class GenerationMixin:
                 negative_prompt_ids,
                 negative_prompt_attention_mask,
             )
+            source = self._source()
+            module = self if isinstance(self, nn.Module) else getattr(self, "_module", source.module)
+            synced = check_synced(synced_gpus, module)
             if synced:
-                _refuse_synced(resolved.config, assistant_model is not None, self._source())
+                _refuse_synced(resolved.config, assistant_model is not None, source)
             call = self._prepare(arguments, resolved, given)
             call.synced = synced
             if custom_generate is None:
