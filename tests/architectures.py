@@ -278,6 +278,29 @@ def _picture_and_text(patches: int = 4) -> Callable[[], dict[str, Any]]:
     return make
 
 
+def _several_pictures(patches: int) -> Callable[[], dict[str, Any]]:
+    """The same for models that take any number of images a row: here one."""
+
+    def make() -> dict[str, Any]:
+        return {**_picture_and_text(patches)(), "pixel_values": _pixels()[:, None]}
+
+    return make
+
+
+def _looked_at() -> dict[str, Any]:
+    """Text whose every token may look at its row's image."""
+    ids = torch.randint(3, _IMAGE, (2, 7), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones(2, 7, 1, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": _pixels()[:, None], "image_attention_mask": seen}
+
+
+def _picture_apart() -> dict[str, Any]:
+    """A picture whose patches see each other, as their token types tell."""
+    inputs = _picture_and_text(4)()
+    return {**inputs, "token_type_ids": (inputs["input_ids"] == _IMAGE).long()}
+
+
 def _qwen_picture() -> dict[str, Any]:
     made = _picture_and_text(4)()
     start = torch.full((2, 1), 95)
@@ -344,6 +367,54 @@ MULTIMODAL = [
         },
         _SIGHT,
         _picture_and_text(4),
+    ),
+    Architecture(
+        "gemma3",
+        {
+            "text_config": {**_TEXT, "model_type": "gemma3_text", "sliding_window": 6, "query_pre_attn_scalar": 8},
+            "vision_config": {**_VISION, "model_type": "siglip_vision_model", "patch_size": 4},
+            "mm_tokens_per_image": 4,
+            "image_token_index": _IMAGE,
+            "image_token_id": _IMAGE,
+        },
+        _SIGHT,
+        _picture_apart,
+    ),
+    Architecture(
+        "idefics",
+        {
+            **_SHAPE,
+            **_TOKENS,
+            "additional_vocab_size": 0,
+            "cross_layer_interval": 1,
+            "vision_config": {**_VISION, "embed_dim": 32},
+        },
+        _SIGHT,
+        _looked_at,
+    ),
+    Architecture(
+        "idefics2",
+        {
+            "text_config": {**_TEXT, "model_type": "mistral"},
+            "vision_config": _VISION,
+            "perceiver_config": {
+                "hidden_size": 32,
+                "resampler_n_latents": 2,
+                "resampler_depth": 1,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 8,
+                "num_key_value_heads": 2,
+            },
+            "image_token_id": _IMAGE,
+        },
+        _SIGHT,
+        _several_pictures(2),
+    ),
+    Architecture(
+        "idefics3",
+        {"text_config": _TEXT, "vision_config": _VISION, "scale_factor": 2, "image_token_id": _IMAGE},
+        _SIGHT,
+        _several_pictures(1),
     ),
     Architecture(
         "qwen2_vl",

@@ -95,7 +95,7 @@ def table() -> list[str]:
 
 
 def test_the_table_in_the_docs_is_what_these_tests_find(made: tuple[Architecture, Any]) -> None:
-    """`python tests/parity/test_architectures.py` writes it anew."""
+    """`PYTHONPATH=tests python tests/parity/test_architectures.py` writes it anew."""
     if f"transformers {transformers.__version__.rpartition('.')[0]}" not in DOCS.read_text(encoding="utf-8"):
         pytest.skip("the docs are about another version of transformers")
     assert line(made[0]) == table()[ARCHITECTURES.index(made[0])]

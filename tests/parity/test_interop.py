@@ -204,7 +204,9 @@ def test_adapter_names_by_row(steps: list[int]) -> None:
     assert steps
 
 
-def test_several_codebooks(steps: list[int]) -> None:
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("recorded", [{}, {"output_scores": True, "output_logits": True}])
+def test_several_codebooks(guidance: float | None, recorded: dict[str, bool], steps: list[int]) -> None:
     """MusicGen brings a generate() of its own, whose rows are codebooks; our loop decodes inside."""
     torch.manual_seed(0)
     text = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
@@ -223,14 +225,110 @@ def test_several_codebooks(steps: list[int]) -> None:
             parameter.data += torch.randn(parameter.shape) * 0.3
     model.generation_config.decoder_start_token_id = 64
     model.generation_config.pad_token_id = 64
-    model.generation_config.guidance_scale = None
-    arguments: dict[str, Any] = {**prompts(), "max_new_tokens": 7, "return_dict_in_generate": True}
+    model.generation_config.guidance_scale = guidance
+    arguments: dict[str, Any] = {**prompts(), "max_new_tokens": 7, "return_dict_in_generate": True, **recorded}
     torch.manual_seed(2)
     expected = model.generate(**arguments, do_sample=True)
     torch.manual_seed(2)
     found = unspool.wrap(model).generate(**arguments, do_sample=True)
     assert steps
     torch.testing.assert_close(found.sequences, expected.sequences)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(found.get(name), expected.get(name))
+
+
+def spread_out(model: Any) -> Any:
+    """A random model that is not indifferent to its input."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "conv" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * (1.0 if "embed" in name else 0.3))
+    return model.eval()
+
+
+@pytest.mark.parametrize("guidance", [3.0, None])
+@pytest.mark.parametrize("how", [{}, {"do_sample": True, "temperature": 1.3, "top_k": 20}])
+def test_channels_with_delays(how: dict[str, Any], guidance: float | None, steps: list[int]) -> None:
+    """Dia's rows are channels, and its guidance doubles them within the model."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64}  # fmt: skip
+    across = {f"cross_{name}": shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+    ends = {"pad_token_id": 57, "eos_token_id": 56, "bos_token_id": 58, "num_channels": 3, "cross_hidden_size": 32}
+    config = transformers.DiaConfig(
+        encoder_config={**shape, "vocab_size": 97}, decoder_config={**shape, **across, **ends, "vocab_size": 60},
+        delay_pattern=[0, 2, 3],
+    )  # fmt: skip
+    model = spread_out(transformers.DiaForConditionalGeneration(config))
+    model.generation_config.guidance_scale = guidance
+    arguments = {**prompts(), **how, "max_new_tokens": 8}
+    torch.manual_seed(2)
+    expected = model.generate(**arguments)
+    torch.manual_seed(2)
+    assert torch.equal(unspool.wrap(model).generate(**arguments), expected)
+    assert steps
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_speech_in_stages(sample: bool, steps: list[int]) -> None:
+    """Bark's parts bring generate() of their own, the second in windows of alternating codebooks."""
+    from transformers.models.bark import generation_configuration_bark as settings
+
+    torch.manual_seed(0)
+    shape = {"block_size": 64, "input_vocab_size": 200, "output_vocab_size": 200, "num_layers": 2, "num_heads": 4,
+             "hidden_size": 32}  # fmt: skip
+    codec = {"model_type": "encodec", "num_filters": 4, "hidden_size": 16, "codebook_size": 32, "codebook_dim": 16,
+             "upsampling_ratios": [2, 2]}  # fmt: skip
+    fine = {**shape, "n_codes_total": 4, "n_codes_given": 1}
+    model = spread_out(
+        transformers.BarkModel(
+            transformers.BarkConfig(
+                semantic_config=shape, coarse_acoustics_config=shape, fine_acoustics_config=fine, codec_config=codec
+            )
+        )
+    )
+    semantic = settings.BarkSemanticGenerationConfig(
+        text_encoding_offset=4, semantic_infer_token=100, semantic_vocab_size=90, text_pad_token=91, eos_token_id=90,
+        semantic_pad_token=90, max_input_semantic_length=8, max_new_tokens=10, semantic_rate_hz=49.9,
+    )  # fmt: skip
+    coarse = settings.BarkCoarseGenerationConfig(
+        coarse_semantic_pad_token=95, coarse_rate_hz=75, n_coarse_codebooks=2, coarse_infer_token=96,
+        max_coarse_input_length=8, max_coarse_history=16, sliding_window_len=8, eos_token_id=None,
+    )  # fmt: skip
+    texts = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(1))
+
+    def speak(first: Any, second: Any) -> torch.Tensor:
+        torch.manual_seed(2)
+        said = first.generate(texts, semantic_generation_config=semantic, do_sample=sample)
+        both = {"semantic_generation_config": semantic, "coarse_generation_config": coarse, "codebook_size": 32}
+        result: torch.Tensor = second.generate(said, **both, do_sample=sample)
+        return result
+
+    parts = model.semantic, model.coarse_acoustics
+    expected = speak(*parts)
+    assert not steps
+    assert torch.equal(speak(*map(unspool.wrap, parts)), expected)
+    assert len(steps) > 10
+    with unspool.enabled():
+        assert torch.equal(speak(*parts), expected)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "pix2struct"])
+def test_an_encoder_sees_each_prompt_once(name: str) -> None:
+    """Not once for each beam, nor once a step."""
+    from architectures import ARCHITECTURES
+
+    one = next(one for one in ARCHITECTURES if one.model_type == name)
+    model, seen = one.make(), []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append(output[0].shape[0])
+
+    model.get_encoder().register_forward_hook(note, with_kwargs=True)
+    inputs = one.inputs()
+    unspool.wrap(model).generate(**inputs, max_new_tokens=5, num_beams=3)
+    assert seen == [next(iter(inputs.values())).shape[0]]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ class RowsRunner:
             newest = newest.clone()  # lets go of the prompt's logits
         self.logits = newest
         places = [item.seq.row for item in kept]
-        if places != list(range(newest.shape[0])):
+        # a module that guides itself gives both halves, which a processor brings together
+        doubled = newest.shape[0] == 2 * len(kept) == 2 * self._ids.shape[0]
+        if not doubled and places != list(range(newest.shape[0])):
             newest = newest[torch.tensor(places, dtype=torch.int64, device=newest.device)]
         return Output(newest, [], [])
 
