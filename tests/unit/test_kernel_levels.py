@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, VOCAB, make_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 import unspool
 from unspool.attention import registry
 from unspool.attention.native import NativeAttention
-from unspool.kernels import elementwise, native
+from unspool.kernels import elementwise, lowrank, native
 from unspool.kernels.attention import Plan
 from unspool.kernels.encode import encode
 from unspool.kernels.linear import PackedWeight
 from unspool.models.layers.linear import Linear
 from unspool.models.layers.quantised import INT4, INT8, NF4, Code, Codes, QuantisedForm, dequantise
+from unspool.weights import save_model
 
 TESTS = Path(__file__).parent
 
@@ -188,6 +193,13 @@ def test_quantising(level: str) -> None:
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 
+def logits(model: Any, rows: Tensor, **settings: Any) -> Tensor:
+    """`[rows, 4, vocab]`, of four greedy steps."""
+    settings |= {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(rows, attention_mask=torch.ones_like(rows), eos_token_id=None, **settings)
+    return torch.stack(out.logits, dim=1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_on_the_kernels(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All products and all attention, with logits near those of fp32 and the same bits alone and in company."""
@@ -203,19 +215,71 @@ def test_every_family_runs_on_the_kernels(family: str, tmp_path: Path, monkeypat
     assert linears
     assert all(isinstance(module._packed, PackedWeight) for module in linears)
 
-    def logits(rows: Tensor) -> Tensor:
-        settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        out = model.generate(rows, attention_mask=torch.ones_like(rows), eos_token_id=None, **settings)
-        return torch.stack(out.logits, dim=1)
-
     for name in LEVELS:
         choose(name)
-        together = logits(ids)
+        together = logits(model, ids)
         assert used
         used.clear()
         error = (together[:, 0].float() - expected[:, -1]).norm() / expected[:, -1].norm()
         assert error < 0.06, name
-        assert torch.equal(logits(ids[1:]), together[1:])
+        assert torch.equal(logits(model, ids[1:]), together[1:])
+
+
+# What `quantize=` takes; the first two have a head of eight bits, the last one of four.
+QUANTISED: list[Any] = [
+    "int8",
+    "int4",
+    unspool.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[]),
+]
+
+
+def quantised_families() -> list[Any]:
+    """Every family in every code, with a head of its own and without; in the quick tests each of these six once."""
+    cases = []
+    for turn, family in enumerate(FAMILIES):
+        for number, (quantize, tied) in enumerate(product(QUANTISED, (False, True))):
+            name = f"{family}-{quantize if isinstance(quantize, str) else 'nf4'}-{'tied' if tied else 'apart'}"
+            marks = () if turn == 3 * number else pytest.mark.full
+            cases.append(pytest.param(family, quantize, tied, id=name, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("family", "quantize", "tied"), quantised_families())
+def test_every_family_quantised(family: str, quantize: Any, tied: bool, tmp_path: Path) -> None:
+    """Against transformers with the weights that the codes stand for; the same bits alone and in company."""
+    make_checkpoint(family, tmp_path / "plain", tie_word_embeddings=tied)
+    shutil.copy(Path(unspool.__file__).parent / "assets" / "storyteller" / "tokenizer.json", tmp_path / "plain")
+    model, _ = unspool.load(tmp_path / "plain", dtype="bfloat16", quantize=quantize)
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    assert all(isinstance(module._packed, QuantisedForm) for module in linears)
+    assert model.lm_head._packed.code == (NF4 if quantize is QUANTISED[2] else INT8)
+    assert (model.embedding._packed is model.lm_head._packed) == tied
+    save_model(model, tmp_path / "codes")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "codes", dtype=torch.float32)
+    ids = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = theirs(ids).logits[:, -1]
+    for name in LEVELS:
+        choose(name)
+        together = logits(model, ids)
+        assert (together[:, 0].float() - expected).norm() < 0.06 * expected.norm(), name
+        assert torch.equal(logits(model, ids[1:]), together[1:])
+
+
+def test_adapters_where_pytorch_multiplies_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low-rank products have kernels with BF16 instructions only: below, rows of a batch get their adapters as well."""
+    names = ["pirate", None, "pirate"]
+    ids = torch.randint(3, 1000, (3, 40), generator=torch.Generator().manual_seed(0))
+    exact = unspool.AutoModelForCausalLM.from_pretrained("storyteller", dtype="float32")
+    exact.load_adapter("storyteller-pirate", "pirate")
+    expected = logits(exact, ids, adapter_names=names)[:, 0]
+    assert (expected - logits(exact, ids)[:, 0])[1].norm() > 0.1 * expected[1].norm()
+    monkeypatch.setattr(lowrank, "_function", lambda: None)
+    model = unspool.AutoModelForCausalLM.from_pretrained("storyteller", dtype="bfloat16")
+    model.load_adapter("storyteller-pirate", "pirate")
+    for name in LEVELS:
+        choose(name)
+        found = logits(model, ids, adapter_names=names)[:, 0].float()
+        assert bool(((found - expected).norm(dim=1) < 0.06 * expected.norm(dim=1)).all()), name
 
 
 @pytest.mark.full
@@ -223,6 +287,7 @@ def test_every_family_runs_on_the_kernels(family: str, tmp_path: Path, monkeypat
 def test_all_tests_of_the_kernels(name: str) -> None:
     files = [str(path) for path in TESTS.glob("test_kernel*.py") if path.stem[12:] not in ("_levels", "_sanitizers")]
     assert len(files) >= 4
+    files += [str(TESTS / "test_adapters.py"), str(TESTS.parent / "parity" / "test_ragged.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not full", "-p", "no:cacheprovider", *files],
         env={**os.environ, "UNSPOOL_KERNELS": name}, cwd=TESTS.parents[1], capture_output=True, text=True, timeout=1800,

@@ -69,8 +69,8 @@ def load_model(
         device: where the weights go.
         progress: show a bar on stderr; `None` shows it on a terminal when loading takes more than two seconds.
         config_overrides: replace entries of `config.json`.
-        pack: on a CPU, exchange weights for layouts that multiply faster, bf16 for that of our own kernels where the
-            processor has AVX-512 BF16, else bf16 and fp32 for oneDNN's.
+        pack: on a CPU, exchange weights for layouts that multiply faster, bf16 for that of our own kernels where they
+            are in use, else bf16 and fp32 for oneDNN's.
 
         quantize: format in which to keep the weights of the layers, see `weights.quant`: a name, or a
             `BitsAndBytesConfig`.
