@@ -13,6 +13,7 @@ import unspool
 
 PACKAGE = Path(unspool.__file__).parent
 SOURCES = PACKAGE / "kernels"
+NATIVE = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fPIC")
 
 
@@ -29,6 +30,16 @@ def compile_all(compiler: str, flags: Iterable[str], folder: Path, names: Iterab
     sources = [SOURCES / name for name in names] or sorted(SOURCES.glob("*.cpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, sources))
+
+
+def link_harness(compiler: str, flags: Iterable[str], folder: Path, objects: Iterable[str], *more: str) -> str:
+    """The program of `native/levels.cpp` with these object files, and more sources that lie beside it."""
+    program = folder / "levels"
+    sources = [str(NATIVE / name) for name in ("levels.cpp", *more)]
+    command = [compiler, "-std=c++20", "-fopenmp", f"-I{SOURCES}", *flags, *sources, *objects, "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return str(program)
 
 
 def package_with(folder: Path, compiler: str, *flags: str) -> dict[str, str]:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_builds import SOURCES, compile_all, package_with
+from kernel_builds import SOURCES, compile_all, link_harness, package_with
 
 from unspool.kernels import native
 
 TESTS = Path(__file__).parent
-HARNESS = TESTS.parent / "native" / "levels.cpp"
 ARM_ROOT = Path("/usr/aarch64-linux-gnu")
 
 pytestmark = [
@@ -71,11 +70,7 @@ def test_arm_in_an_emulator(tmp_path: Path) -> None:
         folder = tmp_path / Path(machine).name
         folder.mkdir()
         objects = compile_all(machine, ["-O2", "-Wall", "-Wextra", "-Werror", "-Wno-uninitialized"], folder)
-        program = str(folder / "levels")
-        subprocess.run(
-            [machine, "-O1", "-std=c++20", "-fopenmp", f"-I{SOURCES}", str(HARNESS), *objects, "-o", program],
-            check=True,
-        )
+        program = link_harness(machine, ["-O1"], folder, objects)
         for level in levels:
             done = subprocess.run(
                 [*run, program, level], capture_output=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "2"}
