@@ -370,6 +370,20 @@ def test_drafts_and_adapters(model: Any, alone: list[Result], tmp_path: Path) ->
             model.delete_adapter(name)
 
 
+def test_bits_do_not_depend_on_company_where_pytorch_computes_adapters_alone() -> None:
+    """The kernels take quantised weights with activations in fp32, and adapters in bf16 only."""
+    model, _ = unspool.load("storyteller", dtype="float32", quantize="int8")
+    model.load_adapter("storyteller-pirate", "pirate")
+    config = ContinuousBatchingConfig(num_blocks=120, page_size=16, return_logprobs=True)
+
+    def told(prompts: list[list[int]]) -> list[Result]:
+        manager = model.init_continuous_batching(continuous_batching_config=config)
+        settings: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": False}
+        return finish(manager, [manager.add_request(one, adapter_name="pirate", **settings) for one in prompts])
+
+    assert told(PROMPTS) == [told([prompt])[0] for prompt in PROMPTS]
+
+
 def test_modules_of_others() -> None:
     """Where it is asked for; by default they are computed as they come."""
     wrapped = unspool.wrap(make_model("llama"))

@@ -12,7 +12,7 @@ from unspool.continuous.room import Room
 from unspool.continuous.scheduler import scheduler_class
 from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
 from unspool.decode.fault import find_fault
-from unspool.decode.invariant import InvariantRunner, is_invariant
+from unspool.decode.invariant import InvariantRunner
 from unspool.decode.runner import Decoder, PagedRunner
 from unspool.errors import Unsupported
 from unspool.models.base import Model
@@ -46,7 +46,7 @@ def make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox
     deterministic = _deterministic(model, config.deterministic)
     budget = tokens_per_step(config, model.device)
     store = make_store(model, config, places, budget, wanted)
-    runner = InvariantRunner if deterministic and not is_invariant(model, store) else PagedRunner
+    runner = InvariantRunner if deterministic else PagedRunner
     # Keys that depend on a row's whole length are not another row's.
     sharing = config.allow_block_sharing and not model.spec.needs_extents
     room = Room(store, sharing=sharing, swap=make_swap(store, config))

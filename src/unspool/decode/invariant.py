@@ -9,6 +9,7 @@ PyTorch; tests hold it to that.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -17,23 +18,16 @@ from torch.nn import functional as F
 
 from unspool.attention.invariant import InvariantAttention
 from unspool.attention.native import NativeAttention, serves
-from unspool.cache.paged import PagedStore
 from unspool.decode.batch import embeds_of, tokens_of
-from unspool.decode.runner import Decoder, Output, PagedRunner
+from unspool.decode.runner import Output, PagedRunner
 from unspool.decode.sequence import Want, Work
 from unspool.models.adapters import Adapter
 from unspool.models.base import Attend, Batch, Model, Trace
 
-__all__ = ["TOKENS", "InvariantRunner", "head_of", "is_invariant"]
+__all__ = ["TOKENS", "InvariantRunner", "head_of"]
 
 TOKENS = 16
 """Tokens of a part. So many cost little more than one, since weights are read once for all of them."""
-
-
-def is_invariant(model: Decoder, store: PagedStore) -> bool:
-    """Whether plain steps give each row the same bits in any company: the kernels compute all of it."""
-    with torch.no_grad():
-        return isinstance(model, Model) and model.invariant and serves(store)
 
 
 def head_of(model: Model, hidden: Tensor) -> Tensor:
@@ -49,11 +43,14 @@ def head_of(model: Model, hidden: Tensor) -> Tensor:
 
 
 class InvariantRunner(PagedRunner):
-    """See `PagedRunner`; in parts of `TOKENS` tokens of one adapter, whatever the step holds."""
+    """See `PagedRunner`; steps that the kernels do not compute whole are in parts of `TOKENS` tokens of one adapter."""
 
     def run(self, work: list[Work], want: Want) -> Output:
-        """See `Runner`; attention weights cannot be had."""
+        """See `Runner`; attention weights cannot be had where steps are in parts."""
+        if self._whole and all(item.seq.adapter is None or item.seq.adapter.invariant for item in work):
+            return super().run(work, want)
         assert not want.weights, "nobody here gives attention weights to callers"
+        self._steady = None
         if self._rows is not None:
             for item in work:
                 self._make_room(item.seq, item.feed, self._rows)
@@ -76,6 +73,12 @@ class InvariantRunner(PagedRunner):
                 item.seq.computed = computed
         layers = [_in_order(list(parts), fed) for parts in zip(*hidden, strict=True)]
         return Output(_in_order(logits, kept), [], layers)
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether the kernels compute all of a step, but for what adapters add."""
+        with torch.no_grad():
+            return isinstance(self.model, Model) and self.model.invariant and serves(self.store)
 
     def _run_part(self, part: list[Work], trace: Trace | None) -> Tensor:
         """Logits of the kept tokens of at most `TOKENS` tokens; the last one stands in the rows that are left."""

@@ -100,6 +100,11 @@ class Adapter:
         tensors = (t for d in self.deltas.values() for t in (d.down, d.up, d.gain, d.shift) if t is not None)
         return sum(tensor.nbytes for tensor in tensors)
 
+    @property
+    def invariant(self) -> bool:
+        """Whether the compiled kernel computes it, so that a row gets the same bits alone and in company."""
+        return all(delta.packed is not None for delta in self.deltas.values())
+
 
 @dataclass(slots=True, eq=False)
 class Adapters:
