@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def test_pipeline(tiny_llama_dir: Any, steps: list[int]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT's, in both calls
-@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "prefix", "prompt"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_peft(kind: str, beams: int, steps: list[int]) -> None:
     import peft
@@ -170,6 +171,10 @@ def test_peft(kind: str, beams: int, steps: list[int]) -> None:
     torch.manual_seed(0)
     config: Any = {
         "lora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        "dora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, use_dora=True),
+        "ia3": lambda: peft.IA3Config(
+            target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+        ),
         "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     }[kind]()
@@ -183,12 +188,14 @@ def test_peft(kind: str, beams: int, steps: list[int]) -> None:
     with unspool.enabled():
         assert torch.equal(model.generate(**arguments), expected)
     assert len(steps) == 2 * wrapped
-    if kind == "lora":
+    if kind in ("lora", "dora", "ia3"):
         ids = arguments["input_ids"]
         assert torch.equal(unspool.wrap(model).generate(ids, max_new_tokens=5, num_beams=beams), expected)
         with model.disable_adapter():
             base = unspool.wrap(model).generate(**arguments)
         assert not torch.equal(base, expected)
+        merged = model.merge_and_unload()
+        assert torch.equal(unspool.wrap(merged).generate(**arguments), merged.generate(**arguments))
 
 
 def test_adapter_names_by_row(steps: list[int]) -> None:
@@ -358,6 +365,23 @@ def test_long_speech(how: dict[str, Any], steps: list[int]) -> None:
     assert torch.equal(found, expected)
     assert found.shape[1] > 30
     assert steps
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.1.0", "5.2.0", "5.23.0", "6.0.0.dev0"])
+def test_older_transformers_are_refused(version: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [transformers.GenerationMixin.generate, transformers.GenerationMixin._sample]
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    ways: list[Any] = [lambda: unspool.wrap(model), lambda: unspool.enabled().__enter__()]
+    for way in ways:
+        if version < "5.2":
+            with pytest.raises(
+                unspool.Unsupported, match=rf"transformers {version} is installed.*'transformers>=5\.2'"
+            ):
+                way()
+        else:
+            way()
+    unspool.disable()
+    assert [transformers.GenerationMixin.generate, transformers.GenerationMixin._sample] == before
 
 
 def test_threads_do_not_disturb_each_other() -> None:

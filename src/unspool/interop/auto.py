@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unspool.errors import Unsupported
 from unspool.hub import BUILT_IN
+from unspool.interop.versions import check_version
 from unspool.interop.wrap import Wrapped, wrap
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def through_transformers(kind: str, path_or_id: FileName, reason: str, arguments
         raise Unsupported(
             f"{reason}, and transformers is not installed: pip install 'unspool[transformers]'"
         ) from error
+    check_version()
     name = os.fspath(path_or_id)
     place = BUILT_IN.get(name, name)
     given.setdefault("trust_remote_code", False)

@@ -29,6 +29,7 @@ from unspool.generate.foreign import ForeignSource
 from unspool.generate.mixin import GenerationMixin
 from unspool.interop import inner
 from unspool.interop.notes import note
+from unspool.interop.versions import check_version
 
 __all__ = ["disable", "enable", "enabled", "inside", "is_plain"]
 
@@ -69,7 +70,7 @@ def enable() -> None:
     transformers. Calling it twice changes nothing.
 
     Raises:
-        Unsupported: transformers is not installed.
+        Unsupported: transformers is not installed, or is older than 5.2.
     """
     global _everywhere
     with _lock:
@@ -144,9 +145,13 @@ def _install() -> None:
         return
     try:
         base = import_module("transformers.generation.utils").GenerationMixin
+        check_version()
     except ImportError as error:
         _users -= 1
         raise Unsupported("transformers is not installed: pip install 'unspool[transformers]'") from error
+    except Unsupported:
+        _users -= 1
+        raise
     for name in _METHODS:
         _originals[name] = getattr(base, name)
         _inherited[name] = name not in vars(base)

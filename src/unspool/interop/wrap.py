@@ -16,6 +16,7 @@ from unspool.generate.native import NativeSource
 from unspool.generate.reading import Source
 from unspool.interop import patch
 from unspool.interop.report import Report, report_on
+from unspool.interop.versions import check_version
 from unspool.models.base import Model
 
 __all__ = ["Wrapped", "wrap"]
@@ -37,11 +38,14 @@ def wrap(model: nn.Module) -> Wrapped:
 
     Raises:
         TypeError: not a module.
+        Unsupported: the loaded transformers is older than 5.2.
     """
     if isinstance(model, Wrapped):
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap() takes a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(model, Model):
+        check_version()
     return Wrapped(model)
 
 
