@@ -6,6 +6,7 @@ the rectangle, with filler.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as Items
 from typing import Any
 
@@ -192,6 +193,13 @@ class RowsRunner:
 
     def retire(self, ended: Items[Sequence], live: Items[Sequence]) -> None:
         """See `Runner`: rows that ended stay where they are."""
+
+    def copy(self, rows: list[Sequence]) -> RowsRunner:
+        """Another runner, of `rows` with the same tokens, with a past of its own."""
+        other = copy.copy(self)
+        encoded = self.inputs.get("encoder_outputs")
+        other.inputs, other._rows = copy.deepcopy(self.inputs, {id(encoded): encoded}), rows
+        return other
 
     @property
     def past(self) -> Any:

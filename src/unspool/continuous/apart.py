@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unspool.continuous.requests import RequestState, Wishes
 from unspool.decode.choose.sample import SeededNoise
+from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Group, Sequence
 from unspool.errors import NonFiniteLogits, Unsupported
@@ -34,7 +35,7 @@ class Apart:
         guidance: among the processors, or `None`.
     """
 
-    model: Decoder
+    model: Decoder | Opener
     wishes: Wishes
     find_fault: Callable[[Sequence], str]
     group: Group = field(init=False)
@@ -79,7 +80,8 @@ class Apart:
 
     def rows(self, number: int = 1) -> list[Sequence]:
         """So many rows that have the prompt."""
-        return [Sequence(i, list(self.wishes.prompt), adapter=self.wishes.adapter) for i in range(number)]
+        wishes = self.wishes
+        return [Sequence(i, list(wishes.prompt), adapter=wishes.adapter, encoded=wishes.encoded) for i in range(number)]
 
     def noise(self, rows: int = 1) -> SeededNoise | None:
         """Where sampling noise comes from; `None` when nothing is drawn."""

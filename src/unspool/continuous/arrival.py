@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from unspool.continuous.engine import Engine
 from unspool.continuous.modes import BEAMS, rows_in_step, set_apart, stands_apart, stored_at_worst
 from unspool.continuous.plain import PlainRows
 from unspool.continuous.requests import RequestState, Wishes
-from unspool.decode.fault import find_fault
+from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Sequence
 
@@ -18,7 +17,9 @@ __all__ = ["check_fits", "check_name", "states_of"]
 _CHILD = "__child#"
 
 
-def states_of(name: str, number: int, every: list[Wishes], decoder: Decoder, plain: PlainRows) -> list[RequestState]:
+def states_of(
+    name: str, number: int, every: list[Wishes], decoder: Decoder | Opener, plain: PlainRows
+) -> list[RequestState]:
     """A request's outputs: rows of their own, or one set of beams that several outputs come of.
 
     Args:
@@ -28,20 +29,19 @@ def states_of(name: str, number: int, every: list[Wishes], decoder: Decoder, pla
         decoder: computes.
         plain: home of greedy and sampled rows.
     """
-    fault = partial(find_fault, decoder)
     states: list[RequestState] = []
     for i, wishes in enumerate(every):
         if not stands_apart(wishes):
-            rows = [Sequence(0, list(wishes.prompt), adapter=wishes.adapter)]
-            states.append(RequestState(_child(name, i), number, wishes.prompt, wishes, plain, rows))
+            rows = [Sequence(0, list(wishes.prompt), adapter=wishes.adapter, encoded=wishes.encoded)]
+            states.append(RequestState(_child(name, i), number, wishes.given, wishes, plain, rows))
             continue
-        home = set_apart(decoder, wishes, fault)
+        home = set_apart(decoder, wishes, plain.find_fault)
         outputs = int(wishes.config.num_return_sequences or 1) if wishes.mode in BEAMS else 1
         home.states = [
             RequestState(
                 _child(name, i + output),
                 number,
-                wishes.prompt,
+                wishes.given,
                 wishes,
                 home,
                 home.group.rows,

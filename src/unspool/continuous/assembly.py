@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 
+from unspool.cache.paged import PagedStore
 from unspool.config import ContinuousBatchingConfig
 from unspool.continuous.engine import Engine
 from unspool.continuous.outbox import Outbox
 from unspool.continuous.plain import PlainRows
 from unspool.continuous.room import Room
 from unspool.continuous.scheduler import scheduler_class
-from unspool.continuous.sizes import make_store, make_swap, tokens_per_step
+from unspool.continuous.sizes import make_ledger, make_store, make_swap, tokens_per_step
 from unspool.decode.fault import find_fault
 from unspool.decode.invariant import InvariantRunner
-from unspool.decode.runner import Decoder, PagedRunner
+from unspool.decode.opened import OpenedRunner, Opener
+from unspool.decode.runner import Decoder, PagedRunner, Runner
 from unspool.errors import Unsupported
 from unspool.models.base import Model
 
@@ -22,13 +24,15 @@ __all__ = ["make_engine"]
 _PLACES = 256  # most requests that run at a time, when nobody says
 
 
-def _may_run_ahead(model: Decoder, config: ContinuousBatchingConfig) -> bool:
+def _may_run_ahead(model: Decoder | Opener, config: ContinuousBatchingConfig) -> bool:
     """Whether a step may be launched before the host has seen the last one: none is told of a row's whole length."""
     plain = not model.spec.needs_extents and model.spec.recompute_past is None
     return plain and model.device.type == "cuda" and config.use_async_batching is not False
 
 
-def make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None) -> Engine:
+def make_engine(
+    model: Decoder | Opener, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None
+) -> Engine:
     """The engine of a manager, with its store.
 
     Args:
@@ -45,24 +49,32 @@ def make_engine(model: Decoder, config: ContinuousBatchingConfig, outbox: Outbox
     kind = scheduler_class(config.scheduler_type)
     deterministic = _deterministic(model, config.deterministic)
     budget = tokens_per_step(config, model.device)
-    store = make_store(model, config, places, budget, wanted)
-    runner = InvariantRunner if deterministic else PagedRunner
+    runner: Runner
+    if isinstance(model, Opener):
+        store: PagedStore = (ledger := make_ledger(model, config, places))
+        runner = opened = OpenedRunner(model, ledger)
+        swap, fault = None, opened.fault
+    else:
+        store = make_store(model, config, places, budget, wanted)
+        paged = InvariantRunner if deterministic else PagedRunner
+        runner = paged(model, store, model.device, forks=True)
+        swap, fault = make_swap(store, config), partial(find_fault, model)
     # Keys that depend on a row's whole length are not another row's.
     sharing = config.allow_block_sharing and not model.spec.needs_extents
-    room = Room(store, sharing=sharing, swap=make_swap(store, config))
+    room = Room(store, sharing=sharing, swap=swap)
     scheduler = kind(room, config.safety_margin, places, recompute_past=model.spec.recompute_past)
     return Engine(
-        runner(model, store, model.device, forks=True),
+        runner,
         model.device,
         scheduler,
-        PlainRows(places, model.device, partial(find_fault, model)),
+        PlainRows(places, model.device, fault),
         outbox,
         token_budget=budget,
         ahead=_may_run_ahead(model, config),
     )
 
 
-def _deterministic(model: Decoder, asked: bool | None) -> bool:
+def _deterministic(model: Decoder | Opener, asked: bool | None) -> bool:
     """Whether rows must be the same bits in any company.
 
     Raises:

@@ -105,7 +105,7 @@ class Engine:
             for child in state.children:
                 self.live[child.request_id] = child
             if wishes.streamer is not None:
-                self._stream(state, [state.prompt_ids])
+                self._stream(state, [wishes.prompt])
             if state.finish_reason is not None:  # the streamer raised, or it was cancelled before
                 self._close(state)
                 continue

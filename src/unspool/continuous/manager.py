@@ -23,6 +23,7 @@ from unspool.continuous.reading import Arguments, Reader, merged_config
 from unspool.continuous.requests import GenerationOutput, RequestState, RequestStatus, Usage
 from unspool.continuous.view import Watch
 from unspool.continuous.worker import Worker
+from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder
 
 __all__ = ["ContinuousBatchingManager", "RequestStream"]
@@ -43,8 +44,7 @@ class ContinuousBatchingManager:
     Without `start()` (or `with`), nothing runs by itself; call `step()` as often as you like.
 
     Args:
-        model: a native model (see `unspool.load`), or a wrapped module that runs ragged (see `unspool.wrap`). It is
-            left as it is.
+        model: a native model (see `unspool.load`), or a wrapped module (see `unspool.wrap`). It is left as it is.
         generation_config: settings of requests that bring none of their own; what it leaves open is the model's.
         continuous_batching_config: sizes, limits and the scheduler.
         tokenizer: for stop strings of requests.
@@ -54,7 +54,7 @@ class ContinuousBatchingManager:
 
     Raises:
         ValueError, TypeError: a setting is wrong.
-        Unsupported: the module's keys and values are its own business.
+        Unsupported: the module generates in a way of its own.
         OutOfMemory: no room for keys and values.
 
     Source: `ContinuousBatchingManager` of transformers v5.2.
@@ -73,9 +73,9 @@ class ContinuousBatchingManager:
         if not hasattr(model, "_served"):
             raise TypeError(f"a manager serves models of unspool.load and unspool.wrap, not a {type(model).__name__}")
         config = continuous_batching_config or ContinuousBatchingConfig()
-        served: Decoder = model._served()
+        served: Decoder | Opener = model._served()
         self.model = model
-        self.generation_config = merged_config(generation_config, model.generation_config)
+        self.generation_config = merged_config(generation_config, getattr(model, "generation_config", None))
         self.continuous_batching_config = config
         self.manual_eviction = manual_eviction
         self._tokenizer = tokenizer

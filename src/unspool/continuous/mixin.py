@@ -13,6 +13,7 @@ from unspool.config.unknown import no_use_for
 from unspool.continuous.manager import ContinuousBatchingManager
 from unspool.continuous.reading import Arguments, merged_config
 from unspool.continuous.requests import GenerationOutput
+from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder
 from unspool.models.base import Model
 
@@ -154,14 +155,14 @@ class ContinuousMixin:
         finally:
             manager.stop(block=block, timeout=timeout)
 
-    def _served(self) -> Decoder:
+    def _served(self) -> Decoder | Opener:
         """What computes for a manager."""
         assert isinstance(self, Model), "ContinuousMixin goes in front of a native model"
         return self
 
     def _wanted(self, inputs: Items[Any], passed: Any, settings: Mapping[str, Any]) -> int | None:
         """Tokens that the prompts can grow to, all together; `None` where that cannot be told."""
-        config = resolve(settings, merged_config(passed, self.generation_config)).config
+        config = resolve(settings, merged_config(passed, getattr(self, "generation_config", None))).config
         if config.max_new_tokens is None and not all(hasattr(prompt, "__len__") for prompt in inputs):
             return None
         lengths = [len(prompt) for prompt in inputs if hasattr(prompt, "__len__")]

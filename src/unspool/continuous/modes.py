@@ -11,6 +11,7 @@ from unspool.continuous.prompts import PromptLogprobs
 from unspool.continuous.requests import Wishes
 from unspool.continuous.texts import set_up_contrastive, set_up_dola, set_up_text
 from unspool.decode.choose.guided import guided_group
+from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Group, Sequence
 
@@ -69,7 +70,7 @@ def _own_rows(wishes: Wishes) -> int:
     return int(wishes.config.top_k or 1) if wishes.mode is GenerationMode.CONTRASTIVE_SEARCH else 1
 
 
-def set_apart(model: Decoder, wishes: Wishes, find_fault: Callable[[Sequence], str]) -> Apart:
+def set_apart(model: Decoder | Opener, wishes: Wishes, find_fault: Callable[[Sequence], str]) -> Apart:
     """The home of a request that `stands_apart`.
 
     Raises:

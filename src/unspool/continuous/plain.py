@@ -60,7 +60,8 @@ class PlainRows:
     Args:
         places: most rows at a time.
         device: where tokens are chosen.
-        find_fault: names the first layer whose output is not finite for a row, for the error message.
+        find_fault: names the first layer whose output is not finite for a row, for the error message; also an
+            attribute.
     """
 
     def __init__(self, places: int, device: torch.device, find_fault: Callable[[Sequence], str]) -> None:
@@ -70,7 +71,7 @@ class PlainRows:
         self._free = list(range(places))
         heapify(self._free)
         self._device = device
-        self._find_fault = find_fault
+        self.find_fault = find_fault
         self._history = History(places, device)
         self._generator = torch.Generator(device=device)
         self._arranged: list[RequestState] = []
@@ -257,7 +258,7 @@ class PlainRows:
             text = f"a logits processor of its own raised {error!r}"
             state.end("error", error=RequestFailed(text, request_id=state.request_id, cause=error))
             return
-        text = f"no token can be chosen at position {len(row.tokens)}; {self._find_fault(row)}"
+        text = f"no token can be chosen at position {len(row.tokens)}; {self.find_fault(row)}"
         state.end("error", error=NonFiniteLogits(text, request_id=state.request_id))
 
 

@@ -25,6 +25,7 @@ from unspool.continuous.requests import Wishes
 from unspool.decode.choose.sample import key
 from unspool.decode.draft.vocabularies import read_tokenizers
 from unspool.decode.healing import heal_tokens
+from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder, logits_alone
 from unspool.errors import Unsupported
 from unspool.logits import as_columns, build_processors, is_guided
@@ -73,7 +74,9 @@ class Reader:
         return_logprobs: for requests that do not say.
     """
 
-    def __init__(self, model: Decoder, base: GenerationConfig, *, seed: int | None, return_logprobs: bool) -> None:
+    def __init__(
+        self, model: Decoder | Opener, base: GenerationConfig, *, seed: int | None, return_logprobs: bool
+    ) -> None:
         self._model = model
         self._base = base
         self._seed = seed
@@ -118,6 +121,7 @@ class Reader:
         config = resolved.config
         mode = mode_of(config, assisted=arguments.assistant_model is not None)
         refuse_settings(config, mode, self._model.device)
+        encoded, prompt = self._begin(prompt, config, mode)
         self._set_lengths(resolved, len(prompt))
         samples = 1 if mode in BEAMS else int(config.num_return_sequences or 1)
         check_number("num_return_sequences", samples, Check(int, 1, _MOST_SAMPLES))
@@ -129,6 +133,7 @@ class Reader:
             config,
             mode,
             self._healed(prompt, config, arguments),
+            encoded,
             self._negative(prompt, config, arguments),
             self._tokenizers(mode, arguments),
             None if arguments.deadline is None else monotonic() + arguments.deadline,
@@ -138,14 +143,34 @@ class Reader:
             seed = self._seed_of(config, number)
         return number, [self._one(read, arguments, seed, sample) for sample in range(samples)]
 
+    def _begin(
+        self, prompt: list[int], config: GenerationConfig, mode: GenerationMode
+    ) -> tuple[list[int] | None, list[int]]:
+        """What an encoder reads, if there is one, and what is continued."""
+        model = self._model
+        if not isinstance(model, Opener):
+            return None, prompt
+        wanted = {
+            "guidance_scale": is_guided(config),
+            "token_healing": config.token_healing,
+            "assistant_model or prompt_lookup_num_tokens": mode is GenerationMode.ASSISTED_GENERATION,
+        }
+        for what, asked in wanted.items():
+            if asked:
+                raise Unsupported(f"{what} with {model.spec.family}, which runs in rows, is for generate() alone")
+        prefix = model.prefix(config)
+        return (None, prompt) if prefix is None else (prompt, prefix)
+
     def _healed(self, prompt: list[int], config: GenerationConfig, arguments: Arguments) -> list[int]:
         """The prompt, with its last token healed where that is asked for."""
         if not config.token_healing:
             return prompt
-        (adapter,) = self._model.adapters.choose(_names(arguments), 1)
+        model = self._model
+        assert not isinstance(model, Opener), "refused before"
+        (adapter,) = model.adapters.choose(_names(arguments), 1)
 
         def next_logits(rows: list[list[int]]) -> Tensor:
-            return torch.cat([logits_alone(self._model, row, adapter) for row in rows])
+            return torch.cat([logits_alone(model, row, adapter) for row in rows])
 
         (healed,) = heal_tokens(next_logits, [prompt], arguments.tokenizer)
         return healed
@@ -198,7 +223,7 @@ class Reader:
             device=model.device,
             custom=arguments.logits_processor,
             prefix_allowed_tokens_fn=arguments.prefix_allowed_tokens_fn,
-            encoder_input_ids=torch.tensor([prompt], device=model.device),
+            encoder_input_ids=torch.tensor([read.encoded or prompt], device=model.device),
             tokenizer=arguments.tokenizer,
             vocab_size=model.spec.vocab_size,
             guidance=None if read.negative is None else GuidanceLogitsProcessor(scale),
@@ -234,6 +259,7 @@ class Reader:
             streamer=arguments.streamer,
             top_logprobs=top if top is not None else 0 if told else None,
             prompt_logprobs=arguments.prompt_logprobs,
+            encoded=read.encoded,
         )
 
     def _set_lengths(self, resolved: Resolved, columns: int) -> None:
@@ -263,6 +289,7 @@ class _Read:
     config: GenerationConfig
     mode: GenerationMode
     prompt: list[int]
+    encoded: list[int] | None
     negative: list[int] | None
     tokenizers: tuple[Any, Any] | None
     deadline: float | None

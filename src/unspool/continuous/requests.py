@@ -149,7 +149,8 @@ class Wishes:
     """What a request asks for, settled and checked; see `ContinuousBatchingManager.add_request`.
 
     Attributes:
-        prompt: its tokens, the last of them healed where that was asked for.
+        prompt: its tokens, the last of them healed where that was asked for; of an encoder-decoder, what the decoder
+            begins with.
         config: resolved settings.
         mode: what strategy they mean.
         assistant: the draft model, or `None`.
@@ -165,6 +166,7 @@ class Wishes:
         deadline: `time.monotonic()` at which it ends, or `None`.
         top_logprobs: how many log-probabilities to give beside the chosen one's; `None` for no log-probabilities.
         prompt_logprobs: the same for the prompt's own tokens.
+        encoded: what the encoder of an encoder-decoder reads, or `None`.
     """
 
     prompt: list[int]
@@ -187,6 +189,12 @@ class Wishes:
     streamer: Any = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    encoded: list[int] | None = None
+
+    @property
+    def given(self) -> list[int]:
+        """The prompt as the caller knows it."""
+        return self.prompt if self.encoded is None else self.encoded
 
     @property
     def sees_prompt(self) -> bool:
@@ -207,7 +215,7 @@ class RequestState:
     Attributes:
         request_id: its name.
         number: place in the order of arrival.
-        prompt_ids: the prompt.
+        prompt_ids: the prompt as the caller knows it.
         wishes: what it asks for.
         home: where its rows are decided.
         rows: its rows; one, or one for each beam. Their tokens are the prompt and what was made.
@@ -283,7 +291,7 @@ class RequestState:
     @property
     def generated_tokens(self) -> list[int]:
         """Tokens made so far."""
-        return self.rows[0].tokens[len(self.prompt_ids) :] if self.made is None else self.made
+        return self.rows[0].tokens[len(self.wishes.prompt) :] if self.made is None else self.made
 
     def newly_made(self) -> int:
         """Output tokens since the last call, of its children too."""

@@ -316,7 +316,7 @@ class Scheduler(ABC):
         group = state.home.group
         work: list[Work] = []
         first = live[0]
-        alike = len(first.tokens) == len(state.prompt_ids)
+        alike = len(first.tokens) == len(state.wishes.prompt)
         every = True
         for row in [state.rows[place] for place in dict.fromkeys(state.leaders)] if alike else live:
             if row is not first and not row.blocks:

@@ -13,12 +13,13 @@ from unspool.cache.layout import LayerGroup
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
 from unspool.cache.swap import SwapArea
 from unspool.config import ContinuousBatchingConfig
+from unspool.decode.opened import Ledger, Opener
 from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Sequence
 from unspool.errors import OutOfMemory
 from unspool.models.base import Batch
 
-__all__ = ["make_store", "make_swap", "share_out", "tokens_per_step"]
+__all__ = ["make_ledger", "make_store", "make_swap", "share_out", "tokens_per_step"]
 
 logger = logging.getLogger("unspool")
 
@@ -63,6 +64,15 @@ def make_store(
         if min(counts) < 1:
             raise OutOfMemory("one block of the key/value cache", needed=sum(each), available=space)
     return PagedStore(groups, counts, dtype=model.dtype, device=device, block_size=BLOCK_SIZE)
+
+
+def make_ledger(model: Opener, config: ContinuousBatchingConfig, places: int) -> Ledger:
+    """What counts the tokens of rows that are computed by themselves: as many as can be used, where nobody says.
+
+    How much memory a module takes for them is its own business.
+    """
+    tokens = places * _LONGEST if config.num_blocks is None else config.num_blocks * config.page_size
+    return Ledger(-(-tokens // BLOCK_SIZE), model.device)
 
 
 def make_swap(store: PagedStore, config: ContinuousBatchingConfig) -> SwapArea | None:

@@ -26,6 +26,7 @@ class Sequence:
         draft: tokens guessed to follow the known ones, to be fed with them and checked in one step. Owner: the drafter.
         embeds: `[n, hidden]` what is fed in place of the embeddings of the first `n` tokens, or `None`.
         adapter: what its tokens go through beside the model's weights, or `None`.
+        encoded: of a row of an encoder-decoder's decoder, the tokens that the encoder reads.
     """
 
     row: int
@@ -37,6 +38,7 @@ class Sequence:
     draft: list[int] = field(default_factory=list)
     embeds: Tensor | None = None
     adapter: Adapter | None = None
+    encoded: list[int] | None = None
 
     @property
     def known(self) -> int:

@@ -80,7 +80,7 @@ class ForeignSource:
         mask_length = self._mask_and_positions(main, inputs, their, has_mask)
         inputs = foreign.encode(main, name, inputs, their)
         if foreign.encoder_decoder:
-            ids, inputs = self._decoder_ids(main.shape[0], name, inputs, config, their)
+            ids, inputs = self.decoder_ids(main.shape[0], name, inputs, config, their)
         else:
             ids = main if name == "input_ids" else inputs.pop("input_ids")
         mask = inputs.get(foreign.mask_name)
@@ -165,7 +165,7 @@ class ForeignSource:
             return int(mask.shape[1])
         return None
 
-    def _decoder_ids(
+    def decoder_ids(
         self, rows: int, name: str, inputs: dict[str, Any], config: GenerationConfig, their: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """What an encoder-decoder's decoder begins with."""

@@ -31,7 +31,7 @@ from unspool.interop import inner
 from unspool.interop.notes import note
 from unspool.interop.versions import check_version
 
-__all__ = ["disable", "enable", "enabled", "inside", "is_plain"]
+__all__ = ["disable", "enable", "enabled", "inside", "is_plain", "unserved"]
 
 # Methods for continuous batching, which transformers' `GenerationMixin` inherits.
 _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -66,7 +66,7 @@ def enable() -> None:
 
     So `model.generate(...)`, `pipeline(...)`, `PeftModel.generate` and whatever calls them decode with unspool; results
     pass `isinstance` checks against transformers' output classes. `generate_batch` and the managers for continuous
-    batching are unspool's too, for modules that run ragged. What unspool cannot do for a model is left to
+    batching are unspool's too. What unspool cannot do for a model is left to
     transformers. Calling it twice changes nothing.
 
     Raises:
@@ -124,6 +124,17 @@ def is_plain(module: nn.Module) -> bool:
     found = getattr(type(module), "generate", None)
     theirs = (_originals.get("generate"), getattr(_base(), "generate", None))
     return found is None or (found in theirs and _own(module, _OWN_WAY) is None)
+
+
+def unserved(module: nn.Module) -> str | None:
+    """Why a module has no continuous batching of ours; `None` where it has."""
+    verdict = ForeignSource(module).verdict()
+    if verdict.shape is not None:
+        return None
+    if getattr(type(module), "generate", None) is not GenerationMixin.generate and not is_plain(module):
+        return f"it runs in rows, because {verdict.reason}, and generates in a way of its own"
+    main = getattr(module, "main_input_name", "input_ids")
+    return None if main == "input_ids" else f"it reads {main} rather than token ids"
 
 
 def _base() -> Any:
@@ -208,9 +219,9 @@ def _batch(module: Any, given: dict[str, Any], name: str) -> Any:
     """A method for continuous batching; `None` leaves it to transformers."""
     from unspool.interop.wrap import Wrapped
 
-    verdict = ForeignSource(module).verdict()
-    if verdict.shape is None:
-        return note(type(module).__name__, f"it runs in rows: {verdict.reason}")
+    reason = unserved(module)
+    if reason is not None:
+        return note(type(module).__name__, reason)
     rest = given.pop("kwargs", {})
     return getattr(ContinuousMixin, name)(Wrapped(module), **given, **rest)
 

@@ -8,11 +8,13 @@ from torch import nn
 
 from unspool.bridge.ragged import RaggedModel
 from unspool.continuous import ContinuousMixin
+from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder
 from unspool.errors import Unsupported
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.mixin import GenerationMixin
 from unspool.generate.native import NativeSource
+from unspool.generate.opened import RowsModel
 from unspool.generate.reading import Source
 from unspool.interop import patch
 from unspool.interop.report import Report, report_on
@@ -110,23 +112,21 @@ class Wrapped(GenerationMixin, ContinuousMixin):
         """
         return report_on(self._inner())
 
-    def _served(self) -> Decoder:
+    def _served(self) -> Decoder | Opener:
         """What computes for a manager of continuous batching.
 
         Raises:
-            Unsupported: the module runs in rows.
+            Unsupported: the module generates in a way of its own, or from other things than token ids.
         """
         module = self._inner()
         if isinstance(module, Model):
             return module
         source = ForeignSource(module)
-        verdict = source.verdict()
-        if verdict.shape is None:
-            raise Unsupported(
-                f"continuous batching of {type(module).__name__}: it runs in rows, because {verdict.reason}; "
-                "use generate()"
-            )
-        return RaggedModel(source.foreign, verdict.shape)
+        reason = patch.unserved(module)
+        if reason is not None:
+            raise Unsupported(f"continuous batching of {type(module).__name__}: {reason}; use generate()")
+        shape = source.verdict().shape
+        return RowsModel(source) if shape is None else RaggedModel(source.foreign, shape)
 
     def _inner(self) -> nn.Module:
         """The module; of one of PEFT's the one inside, where that does all the work."""

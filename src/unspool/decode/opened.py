@@ -1,0 +1,158 @@
+"""Rows that are computed each by itself, by a module that keeps its past in its own way; the store only counts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from unspool.cache.layout import LayerGroup
+from unspool.cache.paged import PagedStore, Row
+from unspool.config import GenerationConfig
+from unspool.decode.runner import Output
+from unspool.decode.sequence import Sequence, Want, Work
+from unspool.models.adapters import Adapters
+from unspool.models.base import ModelSpec
+
+__all__ = ["Ledger", "OpenRow", "OpenedRunner", "Opener"]
+
+
+class OpenRow(ABC):
+    """A row that has begun, with the module's past of it."""
+
+    @abstractmethod
+    def feed(self, item: Work) -> Tensor:
+        """Feed what is new of a row's tokens; logits `[1, vocab]` of what follows."""
+
+    @abstractmethod
+    def fork(self) -> OpenRow:
+        """Another one with the same past, of its own."""
+
+
+class Opener(ABC):
+    """A module that computes rows each by itself, as front ends know it.
+
+    Attributes:
+        spec: its shape; it has no layer groups, since nothing of it is in a store of ours.
+        adapters: none.
+        device: of logits.
+    """
+
+    spec: ModelSpec
+    adapters: Adapters
+    device: torch.device
+
+    @abstractmethod
+    def prefix(self, config: GenerationConfig) -> list[int] | None:
+        """What the decoder of an encoder-decoder begins with; `None` for a module without an encoder."""
+
+    @abstractmethod
+    def open(self, row: Sequence) -> OpenRow:
+        """Make a row ready to be fed all the tokens it has."""
+
+
+class Ledger(PagedStore):
+    """Blocks that hold nothing, so that rows are scheduled as those of a real store; and the rows' pasts.
+
+    Args:
+        blocks: how many.
+        device: of the module.
+    """
+
+    def __init__(self, blocks: int, device: torch.device) -> None:
+        super().__init__((LayerGroup((), 0, 0),), blocks, dtype=torch.float32, device=device)
+        self.opened: dict[Row, OpenRow] = {}
+        self.faults: dict[Row, str] = {}
+
+    def release(self, row: Row) -> None:
+        """See `PagedStore`; the row's past goes too, and is computed again when the row comes back."""
+        super().release(row)
+        self.opened.pop(row, None)
+        self.faults.pop(row, None)
+
+
+class OpenedRunner:
+    """See `decode.runner.Runner`.
+
+    A row is opened when it first chooses, with all its tokens; chunks of a prompt before that are only counted. What a
+    row gets is the same bits whatever else is in the step. One whose computing raises gets NaN for logits, so that it
+    fails alone.
+
+    Args:
+        model: opens rows.
+        ledger: knows which are open.
+    """
+
+    def __init__(self, model: Opener, ledger: Ledger) -> None:
+        self._model = model
+        self._ledger = ledger
+        self._width: int | None = None
+
+    def run(self, work: list[Work], want: Want) -> Output:
+        """See `Runner`; nothing besides logits can be had."""
+        found: list[Tensor | None] = []
+        error: Exception | None = None
+        begun: dict[tuple[int, ...], tuple[Sequence, Tensor]] = {}  # rows of one group that were opened in this step
+        for item in work:
+            if not item.keep:
+                continue
+            try:
+                found.append(self._feed(item, begun))
+            except Exception as raised:
+                error = raised
+                self._ledger.faults[item.seq] = f"its forward raised {raised!r}"
+                found.append(None)
+        self._width = next((one.shape[1] for one in found if one is not None), self._width)
+        if error is not None and self._width is None:
+            raise error
+        width = self._width or 0
+        lost = torch.full((1, width), float("nan"), device=self._model.device)
+        parts = [lost if one is None else one for one in found]
+        return Output(torch.cat(parts) if parts else lost[:0], [], [])
+
+    def _feed(self, item: Work, begun: dict[tuple[int, ...], tuple[Sequence, Tensor]]) -> Tensor:
+        """Logits of what follows one row; rows that begin with the same tokens, as beams do, are opened once."""
+        opened, row = self._ledger.opened, item.seq
+        if row in opened:
+            return opened[row].feed(item)
+        key = (id(item.group), *row.tokens) if len(item.group.rows) > 1 else ()
+        if key in begun:
+            twin, logits = begun[key]
+            opened[row] = opened[twin].fork()
+            return logits
+        past = self._model.open(row)
+        logits = past.feed(item)
+        opened[row] = past
+        if key:
+            begun[key] = row, logits
+        return logits
+
+    def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
+        """See `Runner`. A past goes to one of the rows that continue it, and the others get copies."""
+        self._ledger.reparent(rows, parents)
+        opened = self._ledger.opened
+        before = [opened.get(row) for row in rows]
+        taken = {parent for i, parent in enumerate(parents) if parent == i}
+        for i, parent in enumerate(parents):
+            past = before[parent]
+            if parent == i or past is None:
+                continue
+            opened[rows[i]] = past.fork() if parent in taken else past
+            taken.add(parent)
+
+    def rewind(self, row: Sequence, tokens: int) -> None:
+        """See `Runner`: nothing here drafts."""
+        raise AssertionError("rows that are computed by themselves are not drafted for")
+
+    def retire(self, ended: Items[Sequence], live: Items[Sequence]) -> None:
+        """See `Runner`."""
+        for row in ended:
+            self._ledger.release(row)
+
+    def fault(self, row: Sequence) -> str:
+        """Say why a row has no token to choose, for an error message."""
+        return self._ledger.faults.get(row) or (
+            f"the logits of {self._model.spec.family} are not finite, or a logits processor left no token to choose"
+        )

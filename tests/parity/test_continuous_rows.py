@@ -1,0 +1,210 @@
+"""Continuous batching of modules that run in rows: encoder-decoders, states, and modules with ways of their own."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES
+from families import make_model
+from torch import Tensor, nn
+
+import unspool
+from unspool import ContinuousBatchingConfig, GenerationConfig
+from unspool.continuous.requests import GenerationOutput
+from unspool.decode.opened import Ledger
+
+LENGTHS = (7, 3, 11, 1, 7)
+
+
+def architecture(name: str) -> Any:
+    return next(one for one in ARCHITECTURES if one.model_type == name).make()
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    drawn = torch.Generator().manual_seed(8)
+    return [torch.randint(3, 97, (length,), generator=drawn).tolist() for length in lengths]
+
+
+def favour_odd(input_ids: Tensor, scores: Tensor) -> Tensor:
+    return scores + 0.3 * (torch.arange(scores.shape[1]) % 2)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"max_new_tokens": 6},
+    {"max_new_tokens": 9, "do_sample": True, "seed": 3, "temperature": 1.2, "top_k": 20, "top_p": 0.9},
+    {"max_new_tokens": 5, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 3},
+    {"max_new_tokens": 8, "num_beams": 3},
+    {"max_new_tokens": 7, "logits_processor": [favour_odd], "encoder_repetition_penalty": 1.3},
+]
+
+
+def alone(model: Any, text: list[int], one: dict[str, Any]) -> list[int]:
+    """What `generate()` makes of one prompt."""
+    made: list[int] = model.generate(torch.tensor([text]), **one)[0].tolist()
+    return made[1:] if model.config.is_encoder_decoder else made[len(text) :]
+
+
+def staggered(manager: Any, texts: list[list[int]], settings: list[dict[str, Any]]) -> list[GenerationOutput]:
+    """Outputs of requests that come two steps after each other."""
+    names = []
+    for text, one in zip(texts, settings, strict=True):
+        names.append(manager.add_request(text, **one))
+        manager.step()
+        manager.step()
+    while manager.step():
+        pass
+    return [manager.get_result(name, timeout=0) for name in names]
+
+
+def check_given_back(manager: Any) -> None:
+    store = manager._engine.room.store
+    assert isinstance(store, Ledger)
+    assert not store.opened
+    assert not store.faults
+    assert [pool.free for pool in store.blocks] == [pool.count for pool in store.blocks]
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "mamba", "bloom"])
+def test_requests_are_as_by_themselves(name: str) -> None:
+    """Of every kind, coming at different steps; in chunks, and put back for want of room, too."""
+    model = unspool.wrap(architecture(name))
+    texts = prompts(*LENGTHS)
+    expected = [alone(model, text, one) for text, one in zip(texts, SETTINGS, strict=True)]
+    for config in (
+        ContinuousBatchingConfig(),
+        ContinuousBatchingConfig(max_batch_tokens=4),
+        ContinuousBatchingConfig(num_blocks=4, page_size=16, scheduler_type="prefill_first"),
+    ):
+        manager = model.init_continuous_batching(continuous_batching_config=config)
+        outputs = staggered(manager, texts, SETTINGS)
+        for text, output, tokens in zip(texts, outputs, expected, strict=True):
+            assert output.error is None
+            assert output.prompt_ids == text
+            assert output.generated_tokens == tokens[: len(output.generated_tokens)]
+            assert len(output.generated_tokens) == len(tokens) or output.finish_reason == "stop"
+        check_given_back(manager)
+
+
+def test_rows_put_back_are_computed_again() -> None:
+    model = unspool.wrap(architecture("t5"))
+    texts, settings = prompts(5, 6, 7), {"max_new_tokens": 40, "eos_token_id": None}
+    config = ContinuousBatchingConfig(num_blocks=5, page_size=16, safety_margin=0.0)
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    outputs = staggered(manager, texts, [settings] * 3)
+    assert manager.metrics.preemptions > 0
+    for text, output in zip(texts, outputs, strict=True):
+        assert output.generated_tokens == alone(model, text, settings)
+    check_given_back(manager)
+
+
+def test_one_that_fails_does_so_alone() -> None:
+    """In its forward, in a processor of its own, or on NaN."""
+
+    def raises(input_ids: Tensor, scores: Tensor) -> Tensor:
+        raise RuntimeError("mine")
+
+    class Fragile(nn.Module):
+        """No cache and no mask; takes no 5, and has nothing to say after 6."""
+
+        config = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model("llama")
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            if bool((input_ids == 5).any()):
+                raise RuntimeError("no fives")
+            logits: Tensor = self.inner(input_ids).logits
+            return logits * float("nan") if bool((input_ids == 6).any()) else logits
+
+    model = unspool.wrap(Fragile())
+    settings = GenerationConfig(max_new_tokens=4, suppress_tokens=[5, 6])
+    manager = model.init_continuous_batching(settings)
+    names = [manager.add_request(text) for text in ([7, 8, 9], [7, 5], [4, 6, 3], [11])]
+    names.append(manager.add_request([9, 9], logits_processor=[raises]))
+    while manager.step():
+        pass
+    good, fives, sixes, other, own = (manager.get_result(name, timeout=0) for name in names)
+    assert "no fives" in fives.error
+    assert "not finite" in sixes.error
+    assert "mine" in own.error
+    for output in (good, other):
+        made = model.generate(torch.tensor([output.prompt_ids]), settings)[0, len(output.prompt_ids) :]
+        assert output.generated_tokens == made.tolist()
+    check_given_back(manager)
+
+
+def test_what_ended_leaves_no_memory() -> None:
+    """Cancelled in the middle, or over: the module's past goes with the request, and the rest with the manager."""
+    model = unspool.wrap(architecture("mamba"))
+    manager = model.init_continuous_batching()
+    first, second = (manager.add_request(text, max_new_tokens=30) for text in prompts(4, 6))
+    for _ in range(3):
+        manager.step()
+    opened = manager._engine.room.store.opened
+    assert len(opened) == 2
+    pasts = [weakref.ref(past) for past in opened.values()]
+    manager.cancel_request(first)
+    manager.step()
+    assert len(opened) == 1
+    manager.cancel_request(second)
+    manager.step()
+    check_given_back(manager)
+    del manager
+    gc.collect()
+    assert [past() for past in pasts] == [None, None]
+
+
+def test_several_outputs_and_streams() -> None:
+    model = unspool.wrap(architecture("t5"))
+    (text,) = prompts(6)
+    outputs = model.generate_batch(
+        [text], do_sample=True, seed=5, num_return_sequences=3, max_new_tokens=6, top_logprobs=2
+    )
+    assert len(outputs) == 3
+    assert len({tuple(one.generated_tokens) for one in outputs.values()}) > 1
+    assert all(len(one.logprobs) == len(one.generated_tokens) for one in outputs.values())
+    beams = model.generate_batch([text], num_beams=4, num_return_sequences=2, max_new_tokens=6)
+    ids = model.generate(torch.tensor([text]), num_beams=4, num_return_sequences=2, max_new_tokens=6)[:, 1:]
+    for output, row in zip(beams.values(), ids.tolist(), strict=True):
+        assert output.generated_tokens == row[: len(output.generated_tokens)]
+    with model.init_continuous_batching() as manager:
+        name = manager.add_request(text, max_new_tokens=5, streaming=True)
+        told = [output.generated_tokens for output in manager.request_id_iter(name)]
+    assert told[-1] == alone(model, text, {"max_new_tokens": 5})
+
+
+def test_what_rows_cannot_do_is_refused() -> None:
+    manager = unspool.wrap(architecture("bloom")).init_continuous_batching()
+    for settings in (
+        {"guidance_scale": 1.5},
+        {"prompt_lookup_num_tokens": 2},
+        {"penalty_alpha": 0.6, "top_k": 3},
+        {"prompt_logprobs": 1},
+        {"token_healing": True},
+    ):
+        with pytest.raises(unspool.Unsupported):
+            manager.add_request([4, 5, 6], max_new_tokens=3, **settings)
+    assert not manager.step()
+    with pytest.raises(unspool.Unsupported, match="a way of its own"):
+        unspool.wrap(architecture("whisper")).init_continuous_batching()
+    with pytest.raises(unspool.Unsupported, match="rather than token ids"):
+        unspool.wrap(architecture("speech_to_text")).init_continuous_batching()
+
+
+def test_enabling_serves_modules_in_rows_too() -> None:
+    model, texts = architecture("t5"), prompts(5, 8)
+    config = transformers.GenerationConfig(
+        max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0, decoder_start_token_id=0
+    )
+    with unspool.enabled():
+        outputs = model.generate_batch(inputs=texts, generation_config=config)
+    for text, output in zip(texts, outputs.values(), strict=True):
+        expected = model.generate(torch.tensor([text]), generation_config=config)[0, 1:].tolist()
+        assert output.generated_tokens == expected[: len(output.generated_tokens)]
