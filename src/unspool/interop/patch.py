@@ -133,6 +133,8 @@ def unserved(module: nn.Module) -> str | None:
         return None
     if getattr(type(module), "generate", None) is not GenerationMixin.generate and not is_plain(module):
         return f"it runs in rows, because {verdict.reason}, and generates in a way of its own"
+    if any(hasattr(part, "_setup_cache") for part in module.modules()):  # as RecurrentGemma's layers have
+        return "it keeps its past in itself, of one call at a time"
     main = getattr(module, "main_input_name", "input_ids")
     return None if main == "input_ids" else f"it reads {main} rather than token ids"
 
