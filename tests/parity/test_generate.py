@@ -156,7 +156,7 @@ def test_a_follow_up_turn_computes_only_what_is_new(pair: tuple[Any, Any]) -> No
 
 
 def test_past_the_sliding_window_and_the_first_room(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unspool.generate.native._FIRST_ROOM", 3)
+    monkeypatch.setattr("unspool.generate.paged._FIRST_ROOM", 3)
     ids, mask = padded(prompts_for(pair[0]))
     ours, theirs = both(pair, ids, attention_mask=mask, max_new_tokens=60, do_sample=False)
     assert ours.tolist() == theirs.tolist()

@@ -243,7 +243,7 @@ def test_room_is_made_while_rows_share_blocks(pair: Pair, monkeypatch: pytest.Mo
     inputs = padded(PROMPTS[:1] if pair[0].spec.needs_extents else [PROMPTS[0] * 3, PROMPTS[1]])
     kwargs: dict[str, Any] = {**inputs, "num_beams": 3, "max_new_tokens": 50, "do_sample": False, "eos_token_id": None}
     ample = pair[0].generate(**kwargs)
-    monkeypatch.setattr("unspool.generate.native._FIRST_ROOM", 3)
+    monkeypatch.setattr("unspool.generate.paged._FIRST_ROOM", 3)
     assert pair[0].generate(**kwargs).tolist() == ample.tolist()
 
 

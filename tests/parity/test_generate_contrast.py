@@ -307,7 +307,7 @@ def test_the_prompt_is_stored_once(deep: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_room_grows_with_the_text(deep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     call = {"prompts": PROMPTS, **SEARCH, "max_new_tokens": 90}
     wanted = generate(deep, call).tolist()
-    monkeypatch.setattr("unspool.generate.native._FIRST_ROOM", 4)
+    monkeypatch.setattr("unspool.generate.paged._FIRST_ROOM", 4)
     assert generate(deep, call).tolist() == wanted
 
 

@@ -193,7 +193,13 @@ def test_criteria_in_order(model: Any) -> None:
             return ["".join(map(chr, ids)) for ids in sequences]
 
     config = GenerationConfig(
-        max_length=9, max_time=5.0, stop_strings=["x"], is_assistant=True, assistant_confidence_threshold=0.3
+        max_length=9,
+        max_time=5.0,
+        stop_strings=["x"],
+        is_assistant=True,
+        assistant_confidence_threshold=0.3,
+        output_scores=True,
+        return_dict_in_generate=True,
     )
     own = MaxTimeCriteria(1.0)
     with pytest.raises(ValueError, match="tokenizer"):
