@@ -135,6 +135,9 @@ def main() -> None:
             print(f"{engine:26} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
             continue
         result = json.loads(done.stdout.strip().splitlines()[-1])
+        if not result["tokens"]:
+            print(f"{engine:26} made no tokens")
+            continue
         rate = result["tokens"] / result["seconds"]
         first = first or rate
         print(f"{engine:26}{rate:10.1f}{result['seconds']:9.1f}{result['peak_gib']:10.2f}{first / rate:8.2f}")

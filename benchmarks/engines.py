@@ -156,9 +156,9 @@ def bound(shape: str, kind: str, rows: int, context: int, rate: float) -> float:
 
 def table(shape: str, got: dict[str, dict[str, Any]], rate: float) -> str:
     """Markdown: a line for each engine; below, the ratios that were set out to be reached."""
-    columns = [key for key in next(iter(got.values())) if "x" in key]
+    columns = [key for key in next(iter(got.values())) if key[0].isdigit()]
     for figures in got.values():
-        columns += [key for key in figures if "x" in key and key not in columns]
+        columns += [key for key in figures if key[0].isdigit() and key not in columns]
     heads = [f"{rows} at {context}" for context, rows in (key.split("x") for key in columns)]
     lines = [f"## {NAMES[shape]} shape", "", f"| engine | prefill 512 | {' | '.join(heads)} | mixed | peak MiB |"]
     lines.append("|---|" + "---:|" * (len(columns) + 3))
@@ -196,7 +196,7 @@ def picture(found: dict[str, dict[str, dict[str, Any]]], rate: float, path: Path
         seen: dict[str, int] = {}
         for name, figures in got.items():
             engine, _, kind = name.partition(":")
-            keys = [key for key in figures if "x" in key]
+            keys = [key for key in figures if key[0].isdigit()]
             if not keys:
                 continue
             context = min(int(key.split("x")[0]) for key in keys)
