@@ -77,6 +77,26 @@ def test_enabling_and_disabling(model: Any, steps: list[int]) -> None:
     assert len(steps) == 8
 
 
+def test_every_model_tells_how_it_runs(model: Any) -> None:
+    """A wrapped module, one of transformers' while we decode it, one of your own, and a native one."""
+    assert str(unspool.wrap(model).unspool_report()) == "LlamaForCausalLM: ragged"
+    with unspool.enabled():
+        assert model.unspool_report().tier == "ragged"
+        bloom = transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=97, n_layer=1, n_head=2, hidden_size=8)
+        )
+        assert bloom.unspool_report().reason == "its forward takes no position_ids"
+    assert not hasattr(model, "unspool_report")
+
+    class Own(torch.nn.Module, unspool.GenerationMixin):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(input_ids, 11).float()
+
+    assert Own().unspool_report().tier == "rows"
+    native, _ = unspool.load("storyteller-draft")
+    assert native.unspool_report().tier == "native"
+
+
 def test_an_error_inside_restores_too(model: Any) -> None:
     with pytest.raises(ValueError, match="num_beams"), unspool.enabled():
         model.generate(**prompts(), num_beams=0)

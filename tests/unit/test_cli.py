@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from architectures import ARCHITECTURES
 from commands import COMMAND, ENVIRONMENT, one_error, terminal, unspool
 
 from unspool import __version__
@@ -156,6 +157,50 @@ def test_info_on_a_model_that_does_not_run(tmp_path: Path) -> None:
     result = unspool("info", tmp_path)
     assert result.returncode == 0
     assert re.search(r"runs here +no: .*'mamba'", result.stdout)
+    assert re.search(r"wrapped +not looked at: its weights are not here\n", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("bloom", "rows, because its forward takes no position_ids"),
+        ("t5", "rows, because it has an encoder"),
+        ("ctrl", "ragged"),
+    ],
+)
+def test_info_tells_how_a_module_of_transformers_runs(
+    kind: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = next(one for one in ARCHITECTURES if one.model_type == kind).make()
+    model.save_pretrained(tmp_path)
+    capsys.readouterr()  # of saving
+    assert run(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"runs here +wrapped alone: unspool.wrap", out)
+    assert re.search(rf"wrapped +{says}\n", out)
+    assert run(["info", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [facts["wrapped"], facts["wrapped_reason"]] == (says.split(", because ") + [None])[:2]
+    assert run(["info", str(tmp_path), "--no-probe"]) == 0
+    assert "wrapped  " not in capsys.readouterr().out
+
+
+def test_info_on_weights_that_transformers_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next(one for one in ARCHITECTURES if one.model_type == "ctrl").make().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-kind"}')
+    assert run(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"runs here +no: .*'no-such-kind'", out)
+    assert re.search(r"wrapped +not looked at: transformers cannot load it: .*no-such-kind", out)
+
+
+def test_info_on_a_native_model_as_transformers_runs_it(
+    tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["info", str(tiny_llama_dir), "--probe"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"runs here +yes", out)
+    assert re.search(r"wrapped +ragged\n", out)
 
 
 # generate

@@ -52,14 +52,14 @@ def test_space_is_shared_out(space: int, each: list[int], most: list[int | None]
 
 def test_a_store_by_share_of_the_free_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bytes_of = [16 * group.bytes_per_token(4) for group in model.spec.groups]
-    monkeypatch.setattr(sizes, "_free_memory", lambda device: 100 * sum(bytes_of))
+    monkeypatch.setattr(sizes, "free_memory", lambda device: 100 * sum(bytes_of))
     assert counts_of(model, max_memory_percent=0.5) == [50, 50]
     assert counts_of(model) == [30, 30], "the share of a CPU, when nobody says"
     window = [group.window for group in model.spec.groups].index(6)
     few = counts_of(model, max_requests_per_batch=1, max_batch_tokens=16, max_memory_percent=0.5)
     assert few[window] == 4, "what one row sees, two blocks that are begun, and a step"
     assert few[1 - window] == min(256 // 16, 50 + 46 * bytes_of[window] // bytes_of[1 - window])
-    monkeypatch.setattr(sizes, "_free_memory", lambda device: 10)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: 10)
     with pytest.raises(unspool.errors.OutOfMemory, match="one block"):
         counts_of(model)
 
@@ -81,7 +81,7 @@ def test_the_swap_area_by_number_or_by_threshold(model: Any, monkeypatch: pytest
     whole = sum(8 * 16 * group.bytes_per_token(4) for group in model.spec.groups)
     assert area() is None and area(cpu_offload_space=1e-9) is None
     assert [pool.count for pool in area(cpu_offload_space=2 * whole / 2**30).blocks] == [16, 16]
-    monkeypatch.setattr(sizes, "_free_memory", lambda device: whole)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: whole)
     threshold = {"cpu_offload_space_safety_threshold": 0.5}
     assert [pool.count for pool in area(cpu_offload_space=None, **threshold).blocks] == [4, 4]
     assert "cpu_offload_space" not in caplog.text

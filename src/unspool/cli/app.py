@@ -221,8 +221,12 @@ def info(
     offline: Annotated[bool, _flag("--offline", help="Use only what was downloaded before.")] = False,
     everything: Annotated[bool, _flag("--all", help="Every generation setting and where it comes from.")] = False,
     as_json: Annotated[bool, _flag("--json", help="Print one JSON object.")] = False,
+    probe: Annotated[
+        bool | None,
+        typer.Option("--probe/--no-probe", help="Load it with transformers to see how its module runs wrapped."),
+    ] = None,
 ) -> Work:
-    """Show what a model is and needs; reads no weights."""
+    """Show what a model is and needs; reads weights only to see how a module of transformers runs (--probe)."""
     from unspool.cli.info import run
 
-    return partial(run, model, revision, offline, everything, as_json)
+    return partial(run, model, revision, offline, everything, as_json, probe)

@@ -1,4 +1,7 @@
-"""`unspool info`: what a model is and needs, from `config.json` and the headers of its weights alone."""
+"""`unspool info`: what a model is and needs, from `config.json` and the headers of its weights.
+
+The weights themselves are read only to find out how a module of transformers runs here.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,10 @@ class Stored:
     dtypes: tuple[str, ...] = ()
 
 
-def run(name: str, revision: str | None, offline: bool, everything: bool, as_json: bool) -> None:
-    """Print the facts about a model."""
+def run(
+    name: str, revision: str | None, offline: bool, everything: bool, as_json: bool, probe: bool | None = None
+) -> None:
+    """Print the facts about a model; `probe`: as transformers runs it, too (`None`: where it is not native)."""
     from unspool.hub import HubArguments, locate
 
     folder = locate(name, hub=HubArguments(revision=revision, local_files_only=offline))
@@ -38,6 +43,8 @@ def run(name: str, revision: str | None, offline: bool, everything: bool, as_jso
     config = read_config(folder)
     model, refusal = _native(config)
     facts = _facts(name, folder, config, model, refusal)
+    if model is None if probe is None else probe:
+        facts |= _wrapped(folder, facts["weights_bytes"])
     generation = _generation(folder, config)
     if as_json:
         print(json.dumps({**facts, "generation": generation.to_diff_dict()}, ensure_ascii=False, indent=2, default=str))
@@ -57,6 +64,26 @@ def _native(config: Mapping[str, Any]) -> tuple[Model | None, str | None]:
         return empty(config), None
     except (CheckpointError, Unsupported) as error:
         return None, str(error)
+
+
+def _wrapped(folder: Path, weights: int | None) -> dict[str, Any]:
+    """In which way the checkpoint's module of transformers runs here, and why; loads it."""
+    import torch
+
+    from unspool.continuous.sizes import free_memory
+    from unspool.errors import Unsupported
+    from unspool.interop.auto import report_on_checkpoint
+
+    if not weights:
+        return {"wrapped": None, "wrapped_reason": "its weights are not here"}
+    free = free_memory(torch.device("cpu"))
+    if weights > free:
+        return {"wrapped": None, "wrapped_reason": f"its weights need {_size(weights)} and {_size(free)} are free"}
+    try:
+        report = report_on_checkpoint(folder)
+    except Unsupported as error:
+        return {"wrapped": None, "wrapped_reason": str(error)}
+    return {"wrapped": report.tier, "wrapped_reason": report.reason}
 
 
 def _facts(
@@ -186,7 +213,18 @@ def _print(facts: Mapping[str, Any]) -> None:
     rows.append(("tokenizer", "yes" if facts["tokenizer"] else "none (no tokenizer.json)"))
     rows.append(("chat", "yes" if facts["chat_template"] else "no chat template"))
     rows.append(("kernels", facts["kernels"]))
-    rows.append(("runs here", "yes: generate, streaming, batches" if facts["supported"] else f"no: {facts['refusal']}"))
+    tier, reason = facts.get("wrapped"), facts.get("wrapped_reason")
+    if facts["supported"]:
+        rows.append(("runs here", "yes: generate, streaming, batches"))
+    elif tier is not None:
+        rows.append(
+            ("runs here", "wrapped alone: unspool.wrap(model) around transformers' module, or unspool.enable()")
+        )
+    else:
+        rows.append(("runs here", f"no: {facts['refusal']}"))
+    if "wrapped" in facts:
+        because = f", because {reason}" if reason else ""
+        rows.append(("wrapped", f"not looked at: {reason}" if tier is None else tier + because))
     for name, value in rows:
         print(f"{name:<16}{value}".rstrip())
 

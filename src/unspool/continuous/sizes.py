@@ -59,7 +59,7 @@ def make_store(
         working = _warm_up(model, places, budget) if device.type == "cuda" else 0
         share = config.max_memory_percent or _SHARE.get(device.type, 0.5)
         useful = places * min(model.spec.max_positions, _LONGEST) if wanted is None else wanted + places * BLOCK_SIZE
-        space = int(max(0, _free_memory(device) - working) * share)
+        space = int(max(0, free_memory(device) - working) * share)
         counts = share_out(space, each, most, -(-useful // BLOCK_SIZE))
         if min(counts) < 1:
             raise OutOfMemory("one block of the key/value cache", needed=sum(each), available=space)
@@ -83,7 +83,7 @@ def make_swap(store: PagedStore, config: ContinuousBatchingConfig) -> SwapArea |
     """
     if config.cpu_offload_space == 0:
         return None
-    most = int(_free_memory(torch.device("cpu")) * config.cpu_offload_space_safety_threshold)
+    most = int(free_memory(torch.device("cpu")) * config.cpu_offload_space_safety_threshold)
     asked = most if config.cpu_offload_space is None else int(config.cpu_offload_space * 2**30)
     if asked > most > 0:  # a threshold of 0 sets no limit
         logger.warning(
@@ -163,7 +163,7 @@ def _one_step(model: Decoder, store: PagedStore, row: Sequence) -> torch.Tensor:
     )
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

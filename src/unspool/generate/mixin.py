@@ -27,6 +27,7 @@ from unspool.generate.inputs import Prompts
 from unspool.generate.native import NativeSource
 from unspool.generate.outputs import GenerateOutput
 from unspool.generate.reading import Arguments, Source
+from unspool.generate.report import Report, report_on
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
 from unspool.generate.stream import Stream
@@ -172,6 +173,10 @@ class GenerationMixin:
     ) -> Tensor:
         """Score of each generated token; see `unspool.generate.scores.compute_transition_scores`."""
         return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def unspool_report(self) -> Report:
+        """How the model is run, and why not in a faster way; a module that was not looked at yet is probed."""
+        return report_on(self)  # type: ignore[arg-type]
 
     def _prepare(self, arguments: Arguments, resolved: Resolved, given: Given) -> Call:
         """Settle everything that can be wrong before any work is done."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unspool.errors import Unsupported
+from unspool.generate.report import Report
 from unspool.hub import BUILT_IN
 from unspool.interop.versions import check_version
 from unspool.interop.wrap import Wrapped, wrap
@@ -19,8 +21,12 @@ __all__ = [
     "AutoModelForImageTextToText",
     "AutoModelForSeq2SeqLM",
     "AutoModelForSpeechSeq2Seq",
+    "report_on_checkpoint",
     "through_transformers",
 ]
+
+# transformers' auto classes of models that generate text, the more special ones first.
+_KINDS = ("AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
 
 # What to install for transformers' ways to quantise, by a word of what it says when it lacks the library.
 _QUANTISERS = {
@@ -74,6 +80,42 @@ def through_transformers(kind: str, path_or_id: FileName, reason: str, arguments
             f"transformers cannot load {name!r} without another library (it says: {error}): pip install "
             f"{_QUANTISERS[extra]}"
         ) from error
+
+
+def report_on_checkpoint(folder: Path) -> Report:
+    """How the module that transformers makes of a checkpoint is run; loads its weights and probes it.
+
+    Raises:
+        Unsupported: transformers is not installed, has no generating model for the checkpoint, or cannot load it.
+    """
+    try:
+        transformers = import_module("transformers")
+    except ImportError as error:
+        raise Unsupported("transformers is not installed: pip install 'unspool[transformers]'") from error
+    log = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        kind = _kind_of(folder, transformers)
+        model = through_transformers(kind, folder, "it is looked at as transformers runs it", {"dtype": "auto"})
+        return model.unspool_report()
+    except Unsupported:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        said = str(error).strip().splitlines()
+        raise Unsupported(f"transformers cannot load it: {said[0] if said else repr(error)}") from error
+    finally:
+        if shown:
+            log.enable_progress_bar()
+
+
+def _kind_of(folder: Path, transformers: Any) -> str:
+    """The auto class whose model of a checkpoint generates."""
+    config = type(transformers.AutoConfig.from_pretrained(folder))
+    for name in _KINDS:
+        if config in getattr(transformers, name)._model_mapping:
+            return name
+    raise Unsupported(f"transformers has no model of kind {config.model_type!r} that generates text")
 
 
 class _Through:

@@ -27,6 +27,7 @@ from unspool.continuous import ContinuousMixin
 from unspool.errors import Unsupported
 from unspool.generate.foreign import ForeignSource
 from unspool.generate.mixin import GenerationMixin
+from unspool.generate.report import report_on
 from unspool.interop import inner
 from unspool.interop.notes import note
 from unspool.interop.versions import check_version
@@ -66,8 +67,8 @@ def enable() -> None:
 
     So `model.generate(...)`, `pipeline(...)`, `PeftModel.generate` and whatever calls them decode with unspool; results
     pass `isinstance` checks against transformers' output classes. `generate_batch` and the managers for continuous
-    batching are unspool's too. What unspool cannot do for a model is left to
-    transformers. Calling it twice changes nothing.
+    batching are unspool's too, and `model.unspool_report()` tells how a model is run. What unspool cannot do for a
+    model is left to transformers. Calling it twice changes nothing.
 
     Raises:
         Unsupported: transformers is not installed, or is older than 5.2.
@@ -169,6 +170,7 @@ def _install() -> None:
         _originals[name] = getattr(base, name)
         _inherited[name] = name not in vars(base)
         setattr(base, name, _replacement(name, _originals[name]))
+    base.unspool_report = report_on
 
 
 def _remove() -> None:
@@ -176,6 +178,7 @@ def _remove() -> None:
     _users -= 1
     if _users == 0:
         base = _base()
+        del base.unspool_report
         for name in _METHODS:
             original = _originals.pop(name)
             if _inherited.pop(name):

@@ -16,8 +16,8 @@ from unspool.generate.mixin import GenerationMixin
 from unspool.generate.native import NativeSource
 from unspool.generate.opened import RowsModel
 from unspool.generate.reading import Source
+from unspool.generate.report import Report, report_on
 from unspool.interop import patch
-from unspool.interop.report import Report, report_on
 from unspool.interop.versions import check_version
 from unspool.models.base import Model
 
