@@ -155,7 +155,9 @@ def test_a_function_of_ones_own_decodes(pair: Pair) -> None:
         model.generate(PROMPTS[:1], custom_generate=greedy, unknown=1, **kwargs)
 
 
-def test_a_folder_runs_only_when_trusted(pair: Pair, tmp_path: Path) -> None:
+def test_a_folder_runs_and_a_repository_only_when_trusted(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = pair[0]
     folder = tmp_path / "custom_generate"
     folder.mkdir()
@@ -169,13 +171,26 @@ def test_a_folder_runs_only_when_trusted(pair: Pair, tmp_path: Path) -> None:
         "        return model.generate(inputs, custom_generate=nested)\n"
         "    return model.generate(inputs, max_new_tokens=EXTRA + extra, do_sample=False, eos_token_id=None)\n"
     )
+    asked: list[str] = []
+
+    def downloaded(name: str, **kwargs: Any) -> str:
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloaded)
     for refused in ({}, {"trust_remote_code": False}):
         with pytest.raises(ValueError, match="trust_remote_code=True"):
-            model.generate(PROMPTS[:1], custom_generate=str(tmp_path), **refused)
-    out = model.generate(PROMPTS[:1], custom_generate=tmp_path, trust_remote_code=True, extra=2)
-    assert out.shape == (1, 10)
+            model.generate(PROMPTS[:1], custom_generate="someone/elses", **refused)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        model.generate(PROMPTS[:1], custom_generate=str(tmp_path), trust_remote_code=False)
+    assert model.generate(PROMPTS[:1], custom_generate=tmp_path, extra=2).shape == (1, 10)
+    assert not asked
+    trusted: dict[str, Any] = {"custom_generate": "someone/elses", "trust_remote_code": True}
+    assert model.generate(PROMPTS[:1], **trusted).shape == (1, 8)
+    assert asked == ["someone/elses"]
     with pytest.raises(ValueError, match="trust_remote_code=True"):  # trust is not handed on
-        model.generate(PROMPTS[:1], custom_generate=tmp_path, trust_remote_code=True, nested=str(tmp_path))
+        model.generate(PROMPTS[:1], **trusted, nested="someone/others")
+    assert asked == ["someone/elses"] * 2
     with pytest.raises(FileNotFoundError, match="has no custom_generate"):
         model.generate(PROMPTS[:1], custom_generate=tmp_path / "custom_generate", trust_remote_code=True)
     (folder / "requirements.txt").write_text("torch>=2\nno-such-package-at-all>=1  # comment\n")

@@ -146,7 +146,7 @@ def test_their_objects_are_taken(model: Any, steps: list[int]) -> None:
         return {
             **prompts(1),
             "generation_config": transformers.GenerationConfig(
-                max_new_tokens=12, do_sample=True, top_k=40, return_dict_in_generate=True, output_scores=True
+                do_sample=True, top_k=40, return_dict_in_generate=True, output_scores=True
             ),
             "logits_processor": transformers.LogitsProcessorList(
                 [transformers.MinLengthLogitsProcessor(9, eos_token_id=7)]

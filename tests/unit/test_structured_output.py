@@ -417,7 +417,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grammar": "start: " + "(" * 9000 + '"a"' + ")" * 9000}, ValueError, "too deeply nested"),
     ({"regex": "a", "grammar": "start: x"}, ValueError, "regex and grammar are both set"),
     ({"regex": "a", "tokenizer": None}, ValueError, "`regex` is set and needs the model's tokenizer"),
-    ({"regex": "a", "tokenizer": "gpt2"}, TypeError, "fast one of transformers"),
+    ({"regex": "a", "tokenizer": "gpt2"}, TypeError, "tokenizer must be a tokenizer"),
     ({"regex": "a", "eos_token_id": None}, ValueError, "`regex` needs a token to end the text"),
     ({"regex": "a", "eos_token_id": 99_999}, ValueError, "outside the vocabulary"),
 ]

@@ -25,7 +25,8 @@ from unspool.cache import (
 )
 from unspool.cache.arrange import layer_kinds
 from unspool.config import GenerationConfig
-from unspool.config.unknown import no_use_for
+from unspool.config.fields import FIELDS
+from unspool.config.unknown import ARGUMENTS, no_use_for
 from unspool.errors import Unsupported
 
 __all__ = ["CACHE_NAMES", "Foreign"]
@@ -135,16 +136,22 @@ class Foreign:
             ValueError: it names them, and the nearest that there are.
         """
         validate = self.hook("_validate_model_kwargs")
-        if validate is not None:
-            validate(dict(inputs))
-            return
         prepare = self.hook("prepare_inputs_for_generation")
         known, open_ended = _arguments(prepare) if prepare is not None else (set[str](), True)
         known |= self.arguments | {"inputs_embeds", "decoder_input_ids", "decoder_attention_mask", "encoder_outputs"}
-        if self.open and open_ended:
-            return
         wrong = [name for name, value in inputs.items() if value is not None and name not in known]
+        if validate is not None:
+            try:
+                validate(dict(inputs))
+            except ValueError:
+                if not wrong:
+                    raise
+            else:
+                return
+        elif self.open and open_ended:
+            return
         if wrong:
+            known = (known | {*FIELDS, *ARGUMENTS}) - {"self", "kwargs"}
             raise ValueError(no_use_for(type(self.module).__name__, wrong, known))
 
     # What is fed in each step
@@ -340,7 +347,7 @@ class Foreign:
             "offloaded": lambda: OffloadedCache(config=config),
             "static": lambda: StaticCache(config, length),
             "offloaded_static": lambda: OffloadedStaticCache(config, length),
-            "quantized": lambda: QuantizedCache(config=config, **dict(options or {})),
+            "quantized": lambda: QuantizedCache(config=config, **_quantized_options(options)),
         }
         kind = _OLD_NAMES.get(kind or "", kind)
         if kind not in make:
@@ -401,6 +408,15 @@ class Foreign:
                 "decode with num_beams=1"
             )
         return _select(past, index)
+
+
+def _quantized_options(options: Any) -> dict[str, Any]:
+    """`cache_config`, of which each entry is an argument of the cache."""
+    known = _arguments(QuantizedCache.__init__)[0] - {"self", "config"}
+    wrong = set(options or {}) - known
+    if wrong:
+        raise ValueError(no_use_for("cache_config of a quantized cache", wrong, known))
+    return dict(options or {})
 
 
 def _arguments(function: Callable[..., Any]) -> tuple[set[str], bool]:

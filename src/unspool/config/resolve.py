@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from unspool.config.checks import check_complete
 from unspool.config.defaults import default_generation_params
 from unspool.config.fields import FIELDS
 from unspool.config.generation import GenerationConfig
+from unspool.config.notice import warn_once
 
 __all__ = ["Resolved", "as_generation_config", "resolve"]
 
@@ -99,6 +101,8 @@ def resolve(
             sources[key] = "default"
     config._sources, config._original_object_hash = sources, None
     caller = {*used, *_set_by_hand(passed)}
+    if passed is not None:
+        _mention_misspelt(passed)
     config.validate(user_set_attributes=caller)
     check_complete(config, caller)
     unused = {key: value for key, value in call_kwargs.items() if key not in used}
@@ -140,3 +144,11 @@ def _set_by_hand(config: GenerationConfig | None) -> set[str]:
     if config is None or config._original_object_hash == hash(config):
         return set()
     return {name for name in FIELDS if getattr(config, name) is not None}
+
+
+def _mention_misspelt(config: GenerationConfig) -> None:
+    """Remark on entries of a caller's object that are no settings and are called almost like one."""
+    for name in vars(config):
+        near = get_close_matches(name, FIELDS, 1, 0.85) if _is_extra(name) else []
+        if near:
+            warn_once(f"generation_config has an entry {name}, which is no setting; did you mean {near[0]}?")

@@ -153,7 +153,7 @@ class PlainRows:
             fine = value.isfinite() & (value > 0)
         else:
             tokens = scores.argmax(dim=-1)
-            fine = ~scores.gather(1, tokens[:, None])[:, 0].isnan()
+            fine = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
         told = None
         if first.top_logprobs is not None:
             told = log_probabilities([state.wishes for state in kin.states], scores, tokens)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unspool.config.checks import STATIC_CACHES
 from unspool.config.notice import warn_once
 from unspool.decode.choose.ragged import Columns, RaggedChooser
 from unspool.decode.choose.sample import GlobalNoise, SeededNoise
@@ -129,6 +130,8 @@ def set_up_assisted(call: Call) -> Setup:
         _refuse_foreign(call)
     if call.assistant is not None and (call.config.assistant_early_exit or call.config.prompt_lookup_num_tokens):
         warn_once("assistant_model has no effect beside assistant_early_exit or prompt_lookup_num_tokens")
+    if call.config.assistant_early_exit and call.config.prompt_lookup_num_tokens:
+        warn_once("prompt_lookup_num_tokens has no effect beside assistant_early_exit")
     guidance = call.guidance
     if guidance is not None:  # which takes the positions of all rows at once, and drafts are made without
         call.processors = LogitsProcessorList(one for one in call.processors if one is not guidance)
@@ -171,10 +174,13 @@ def set_up_assisted(call: Call) -> Setup:
 def _refuse_foreign(call: Call) -> None:
     """Raise `Unsupported` for what goes with drafts on native models alone."""
     guided = any(isinstance(one, UnbatchedClassifierFreeGuidanceLogitsProcessor) for one in call.processors)
+    kind = call.config.cache_implementation
     for name, wrong in (
         ("output_attentions", call.detailed and call.config.output_attentions),
         ("output_hidden_states", call.detailed and call.config.output_hidden_states),
         ("guidance_scale", guided),
+        ("use_cache=False", not call.config.use_cache),
+        (f"cache_implementation={kind!r}", kind in STATIC_CACHES),
     ):
         if wrong:
             raise Unsupported(

@@ -24,7 +24,8 @@ def load_custom_generate(
 
     Args:
         source: a folder, or a repository's id.
-        trust_remote_code: must be `True`, also for a folder: the file is run.
+        trust_remote_code: must be `True` for a repository, whose code is run; a folder of one's own needs it not, and
+            `False` refuses that too.
         hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
     Raises:
@@ -34,7 +35,8 @@ def load_custom_generate(
 
     Source: `GenerationMixin.load_custom_generate` of transformers.
     """
-    if trust_remote_code is not True:
+    local = Path(source).is_dir()
+    if not (trust_remote_code is True or (local and trust_remote_code is None)):
         raise ValueError(
             f"custom_generate={os.fspath(source)!r} would run the Python code in its {FOLDER}/generate.py; read it, "
             "and pass trust_remote_code=True when you trust it"

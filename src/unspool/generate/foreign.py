@@ -14,12 +14,14 @@ from unspool.bridge.module import Foreign
 from unspool.bridge.probe import Verdict, judge
 from unspool.bridge.ragged import RaggedModel
 from unspool.bridge.rows import Record, RowsRunner
+from unspool.cache import PastKeyValues
 from unspool.config import GenerationConfig, resolve
 from unspool.config.lengths import end_tokens
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
 from unspool.generate.call import Abilities, Backend, Exits
+from unspool.generate.healing import heal_prompts
 from unspool.generate.inputs import Prompts
 from unspool.generate.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -73,6 +75,8 @@ class ForeignSource:
         inputs = dict(arguments.rest)
         foreign.check(inputs)
         main, name, inputs = self._main_input(arguments.inputs, inputs, config)
+        if config.token_healing:
+            main = self._healed(main, name, inputs.get("attention_mask"), arguments.tokenizer)
         has_mask = inputs.get("attention_mask") is not None
         their = foreign.their_config(config, has_mask, main.shape[0])
         if name == "inputs_embeds" and not foreign.encoder_decoder:
@@ -114,16 +118,25 @@ class ForeignSource:
     ) -> tuple[Tensor, str, dict[str, Any]]:
         """What the module (of an encoder-decoder, the encoder) reads, its name, and the other inputs."""
         foreign = self.foreign
-        if given is not None and not isinstance(given, (Tensor, list)):
+        for one in (given, inputs.get("input_ids")):
+            if one is not None and not isinstance(one, (Tensor, list)):
+                raise TypeError(
+                    f"input_ids must be a tensor, or a list of token ids for each row, not {type(one).__name__}; "
+                    "pass what the tokenizer gave as generate(**inputs)"
+                )
+        if isinstance(inputs.get("past_key_values"), PastKeyValues):
             raise TypeError(
-                f"input_ids must be a tensor, or a list of token ids for each row, not {type(given).__name__}; "
-                "pass what the tokenizer gave as generate(**inputs)"
+                f"past_key_values comes from a call on a native model, and {type(foreign.module).__name__} is none; "
+                "leave it out"
             )
         if isinstance(given, list) or isinstance(inputs.get("input_ids"), list):
             given, inputs = _from_lists(given, inputs, config.pad_token_id)
         hook = foreign.hook("_prepare_model_inputs")
         if hook is not None:
             main, name, inputs = hook(given, config.bos_token_id, inputs)
+            if name == "input_ids":
+                _check_ids(main)
+                self._check_vocabulary(main, inputs)
             return main.to(self.device), name, {key: _moved(value, self.device) for key, value in inputs.items()}
         name = getattr(foreign.module, "main_input_name", "input_ids")
         passed = inputs.pop(name, None)
@@ -145,9 +158,34 @@ class ForeignSource:
             main = torch.full((1, 1), int(config.bos_token_id or 0))
         if not isinstance(main, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(main).__name__}")
-        if name == "input_ids" and (main.ndim != 2 or not main.numel() or main.is_floating_point()):
-            raise ValueError(f"input_ids must be integers [rows, columns], not {main.dtype} of {list(main.shape)}")
+        if name == "input_ids":
+            _check_ids(main)
         return main.to(self.device), name, {key: _moved(value, self.device) for key, value in inputs.items()}
+
+    def _check_vocabulary(self, ids: Tensor, inputs: dict[str, Any]) -> None:
+        """Raise `ValueError` for ids that the embedding does not have; beside other inputs they may be placeholders."""
+        get = self.foreign.hook("get_input_embeddings")
+        table = None if get is None or set(inputs) - {"input_ids", "attention_mask"} else get()
+        if not isinstance(table, nn.Embedding):
+            return
+        wrong = ids[(ids < 0) | (ids >= table.num_embeddings)]
+        if wrong.numel():
+            raise ValueError(
+                f"input_ids holds token id {int(wrong[0])}, outside the model's vocabulary of {table.num_embeddings}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+    def _healed(self, main: Tensor, name: str, mask: Any, tokenizer: Any) -> Tensor:
+        """Prompts with healed last tokens."""
+        foreign = self.foreign
+        if foreign.encoder_decoder or name != "input_ids":
+            raise Unsupported(f"token_healing needs a decoder's input_ids, and this call reads {name}; leave it out")
+        inputs = {"use_cache": False} if foreign.accepts("use_cache") else {}
+
+        def logits(ids: Tensor) -> Tensor:
+            return foreign.logits(foreign.call({"input_ids": ids, **inputs}))
+
+        return heal_prompts(logits, rows_of(main, mask), tokenizer).rectangle
 
     def _mask_and_positions(self, main: Tensor, inputs: dict[str, Any], their: Any, has_mask: bool) -> int | None:
         """Fill in what the module takes and the caller left out; gives a dropped mask's width."""
@@ -312,6 +350,11 @@ class RowsBackend:
         if logits is not None and not bool(logits[row.row].isfinite().all()):
             return f"the logits of {name} are not finite (damaged weights, or too narrow a dtype?)"
         return f"the logits of {name} are finite, so a logits processor left no token to choose"
+
+
+def _check_ids(ids: Tensor) -> None:
+    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integers [rows, columns], not {ids.dtype} of {list(ids.shape)}")
 
 
 def rows_of(ids: Tensor, mask: Tensor | None) -> Prompts:

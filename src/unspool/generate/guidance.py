@@ -14,11 +14,14 @@ from unspool.generate.inputs import Prompts
 from unspool.logits.guidance import GuidanceLogitsProcessor
 
 
-def read_negative(ids: Any, mask: Any, prompts: Prompts, copies: int) -> tuple[Tensor, Tensor]:
+def read_negative(
+    ids: Any, mask: Any, prompts: Prompts, copies: int, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The negative prompts of all rows and their mask, `[rows, columns]`; by default each prompt's last token.
 
     Raises:
-        ValueError: another number of rows than the prompts have (or one), or a mask of another shape.
+        ValueError: another number of rows than the prompts have (or one), a mask of another shape, or a token outside
+            the vocabulary of `vocab_size`.
     """
     rows = prompts.rectangle.shape[0]
     if ids is None and mask is not None:
@@ -27,6 +30,11 @@ def read_negative(ids: Any, mask: Any, prompts: Prompts, copies: int) -> tuple[T
         ids, mask = prompts.rectangle[:, -1:], None
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
         raise ValueError("negative_prompt_ids must be a tensor [rows, columns] of token ids, with at least one column")
+    if vocab_size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"negative_prompt_ids holds token ids outside the model's vocabulary of {vocab_size}; use the tokenizer "
+            "that belongs to the model"
+        )
     mask = torch.ones_like(ids) if mask is None else mask
     if mask.shape != ids.shape:
         raise ValueError(

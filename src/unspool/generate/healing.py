@@ -12,15 +12,15 @@ from unspool.decode.healing import heal_tokens
 from unspool.generate.inputs import Prompts
 
 
-def heal_prompts(model: Callable[..., Any], prompts: Prompts, tokenizer: Any) -> Prompts:
-    """Prompts with healed last tokens; see `decode.healing`. `model(ids [1, n]).logits` is asked once for each row."""
+def heal_prompts(logits_of: Callable[[Tensor], Tensor], prompts: Prompts, tokenizer: Any) -> Prompts:
+    """Prompts with healed last tokens; see `decode.healing`. `logits_of(ids [1, n])` is asked once for each row."""
     if prompts.embeds is not None:
         raise ValueError("token_healing needs input_ids; inputs_embeds have no last token to replace")
     device = prompts.rectangle.device
 
     @torch.no_grad()
     def next_logits(rows: list[list[int]]) -> Tensor:
-        return torch.cat([model(torch.tensor([row], device=device)).logits[:, -1] for row in rows])
+        return torch.cat([logits_of(torch.tensor([row], device=device))[:, -1] for row in rows])
 
     tokens = heal_tokens(next_logits, prompts.tokens, tokenizer)
     rectangle = prompts.rectangle.clone()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unspool.cache.paged import refuse_if_too_large
+from unspool.config.notice import warn_once
 from unspool.models.adapters import Adapter
 from unspool.models.base import ModelSpec
 
@@ -164,11 +165,23 @@ def _read_mask(attention_mask: Any, ids: Tensor) -> Tensor:
 def _infer_mask(ids: Tensor, pad: int | None, eos: Items[int]) -> Tensor:
     """False at leading and trailing pads of each row, where they can only be padding."""
     if pad is None or pad in eos:
+        if pad is not None and len(ids) > 1:
+            _mention_pads(ids == pad)
         return torch.ones_like(ids, dtype=torch.bool)
     token = ids != pad
     seen_before = token.cumsum(1) > 0
     seen_after = token.flip(1).cumsum(1).flip(1) > 0
     return seen_before & seen_after
+
+
+def _mention_pads(pads: Tensor) -> None:
+    """Remark on what looks like padding and is taken for text: some rows, and not all, begin or end with it."""
+    for edge in (pads[:, 0], pads[:, -1]):
+        if 0 < int(edge.sum()) < len(edge):
+            warn_once(
+                "input_ids seems to be padded with pad_token_id, which is an end token too, so it is taken for text; "
+                "pass attention_mask"
+            )
 
 
 def _check_tokens(tokens: list[list[int]], spec: ModelSpec) -> None:

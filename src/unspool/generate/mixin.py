@@ -21,7 +21,7 @@ from unspool.errors import Unsupported
 from unspool.generate.call import Assistant, Call
 from unspool.generate.custom import call_custom, load_custom_generate, own_arguments
 from unspool.generate.foreign import ForeignSource
-from unspool.generate.given import Given, PrefixFn
+from unspool.generate.given import Given, PrefixFn, mention_idle_drafting, refuse_twice
 from unspool.generate.guidance import read_negative
 from unspool.generate.inputs import Prompts
 from unspool.generate.native import NativeSource
@@ -30,7 +30,7 @@ from unspool.generate.reading import Arguments, Source
 from unspool.generate.report import Report, report_on
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
-from unspool.generate.stream import Stream
+from unspool.generate.stream import Stream, told_of_failure
 from unspool.generate.synced import check_synced
 from unspool.logits import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -92,8 +92,8 @@ class GenerationMixin:
                 `negative_prompt_attention_mask`; by default the last token of each prompt.
             custom_generate: decodes in place of this method: a function called as `function(model, input_ids,
                 logits_processor=, stopping_criteria=, generation_config=, **model_inputs)`, with those of the call's
-                keyword arguments that it alone knows; or a folder or Hub repository with a
-                `custom_generate/generate.py`, which runs with `trust_remote_code=True` only.
+                keyword arguments that it alone knows; or a folder with a `custom_generate/generate.py`; or a Hub
+                repository with one, which runs with `trust_remote_code=True` only.
             kwargs: any field of `GenerationConfig` (highest priority), and `input_ids`, `attention_mask`
                 `[rows, columns]` (1 for tokens, 0 for padding on either side), `past_key_values` (of an earlier call),
                 `adapter_names` (a loaded adapter's name for each prompt, `None` or `"__base__"` for none),
@@ -113,28 +113,32 @@ class GenerationMixin:
         Source: `GenerationMixin.generate` of transformers v5.2.
         """
         trust = kwargs.pop("trust_remote_code", None)
-        if isinstance(custom_generate, (str, os.PathLike)):
-            function = load_custom_generate(custom_generate, trust, **kwargs)
-            return function(  # type: ignore[no-any-return]
-                model=self,
-                inputs=inputs,
-                generation_config=generation_config,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                synced_gpus=synced_gpus,
-                assistant_model=assistant_model,
-                streamer=streamer,
-                negative_prompt_ids=negative_prompt_ids,
-                negative_prompt_attention_mask=negative_prompt_attention_mask,
-                **kwargs,
-            )
-        own = {} if custom_generate is None else own_arguments(custom_generate, kwargs, {*FIELDS, *_INPUTS})
-        for name in own:
-            del kwargs[name]
-        resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
-        arguments = Arguments(inputs, resolved.unused)
-        try:
+        with told_of_failure(streamer):
+            if isinstance(custom_generate, (str, os.PathLike)):
+                function = load_custom_generate(custom_generate, trust, **kwargs)
+                return function(  # type: ignore[no-any-return]
+                    model=self,
+                    inputs=inputs,
+                    generation_config=generation_config,
+                    logits_processor=logits_processor,
+                    stopping_criteria=stopping_criteria,
+                    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                    synced_gpus=synced_gpus,
+                    assistant_model=assistant_model,
+                    streamer=streamer,
+                    negative_prompt_ids=negative_prompt_ids,
+                    negative_prompt_attention_mask=negative_prompt_attention_mask,
+                    **kwargs,
+                )
+            if custom_generate is not None and not callable(custom_generate):
+                raise TypeError(
+                    f"custom_generate must be a function, a folder or a Hub repository, not {custom_generate!r}"
+                )
+            own = {} if custom_generate is None else own_arguments(custom_generate, kwargs, {*FIELDS, *_INPUTS})
+            for name in own:
+                del kwargs[name]
+            resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
+            arguments = Arguments(inputs, resolved.unused)
             given = Given(
                 logits_processor,
                 stopping_criteria,
@@ -155,11 +159,6 @@ class GenerationMixin:
                 result = run(call)
             else:
                 result = self._custom(custom_generate, call, given, arguments, own)
-        except BaseException as error:
-            fail = getattr(streamer, "fail", None)
-            if fail is not None:
-                fail(error)
-            raise
         if streamer is not None:
             streamer.end()
         return result
@@ -182,8 +181,10 @@ class GenerationMixin:
         """Settle everything that can be wrong before any work is done."""
         source = self._source()
         config = resolved.config
+        refuse_twice(given, resolved)
         if given.assistant is not None:
             _refuse_drafts(mode_of(config, assisted=False))
+        mention_idle_drafting(given, resolved)
         eos = end_tokens(config)
         pad = config.pad_token_id
         beams = int(config.num_beams or 1)
@@ -271,7 +272,7 @@ def _guidance(
             warn_once("negative_prompt_ids and negative_prompt_attention_mask have no effect without guidance_scale")
         return None, None
     scale = float(config.guidance_scale or 1.0)
-    ids, mask = read_negative(given.negative_ids, given.negative_mask, prompts, copies)
+    ids, mask = read_negative(given.negative_ids, given.negative_mask, prompts, copies, source.vocab_size)
     if source.module is None:
         return GuidanceLogitsProcessor(scale), (ids, mask)
     own = given.negative_ids is None

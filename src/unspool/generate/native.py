@@ -114,14 +114,20 @@ class NativeSource:
         if config.token_healing:
             if names is not None:
                 raise Unsupported("token_healing and adapter_names cannot be combined; use set_adapter()")
-            prompts = heal_prompts(self.model, prompts, arguments.tokenizer)
+            prompts = heal_prompts(lambda ids: self.model(ids).logits, prompts, arguments.tokenizer)
         prompts.adapters = adapters if any(adapters) else None
         expanded = prompts.expand(copies) if copies > 1 else prompts
+        stored, quantized = read_past(past, len(prompts.tokens)), _quantized(config, self.device)
+        if stored is not None and quantized and not stored.store.quantized:
+            raise ValueError(
+                "cache_implementation='quantized' does not go with past_key_values that are not; pass those of a call "
+                "with the same cache_implementation, or leave one of them out"
+            )
         return Reading(
             prompts=expanded,
             seen=prompts,
-            backend=NativeBackend(self.model, quantized=_quantized(config, self.device)),
-            past=read_past(past, len(prompts.tokens)),
+            backend=NativeBackend(self.model, quantized=quantized),
+            past=stored,
             encoder_ids=prompts.rectangle if prompts.rectangle.shape[1] else None,
             padding=expanded.padding(),
             embeds=columns,

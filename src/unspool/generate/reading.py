@@ -16,6 +16,9 @@ from unspool.generate.inputs import Prompts
 class Arguments:
     """The call's keyword arguments that are no settings.
 
+    Raises:
+        TypeError: a tokenizer is none.
+
     Attributes:
         inputs: what was passed as `inputs`.
         tokenizer: as passed.
@@ -28,6 +31,10 @@ class Arguments:
         self.rest = dict(unused)
         self.tokenizer = self.rest.pop("tokenizer", None)
         self.assistant_tokenizer = self.rest.pop("assistant_tokenizer", None)
+        for name in ("tokenizer", "assistant_tokenizer"):
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, type) or not callable(getattr(given, "decode", None))):
+                raise TypeError(f"{name} must be a tokenizer, such as unspool.load() gives with a model, not {given!r}")
         self.rest.pop("use_model_defaults", None)  # transformers takes it; it changes nothing here
 
 

@@ -52,9 +52,7 @@ class Kept:
 
 def refuse_nothing(row: Sequence, find_fault: Callable[[Sequence], str]) -> NoReturn:
     """Raise `NonFiniteLogits` for a row whose scores held no number to choose."""
-    raise NonFiniteLogits(
-        f"row {row.row}: no token can be chosen at position {len(row.tokens)}; {find_fault(row)}", row=row.row
-    )
+    raise NonFiniteLogits(f"no token can be chosen at position {len(row.tokens)}; {find_fault(row)}", row=row.row)
 
 
 @dataclass(slots=True, eq=False)

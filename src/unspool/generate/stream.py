@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unspool.generate.inputs import Prompts
+
+
+@contextmanager
+def told_of_failure(streamer: Any) -> Iterator[None]:
+    """Tell a streamer that can be told (`fail(error)`) of an error in the block, so that no reader waits for more."""
+    try:
+        yield
+    except BaseException as error:
+        fail = None if isinstance(streamer, type) else getattr(streamer, "fail", None)
+        if fail is not None:
+            fail(error)
+        raise
 
 
 class Stream:

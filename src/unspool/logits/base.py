@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -73,8 +73,13 @@ class LogitsProcessorList(list[ProcessorLike]):
     def _run(self, processor: ProcessorLike, input_ids: Tensor, scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
         names, takes_any = self._extra_arguments(processor)
         if names or takes_any:
-            return processor(input_ids, scores, **_select(processor, names, takes_any, kwargs))
-        return processor(input_ids, scores)
+            made = processor(input_ids, scores, **_select(processor, names, takes_any, kwargs))
+        else:
+            made = processor(input_ids, scores)
+        # guidance makes one row of two
+        if not isinstance(made, Tensor) or made.shape[1:] != scores.shape[1:]:
+            _refuse_result(processor, made, scores)
+        return made
 
     @property
     def row_independent(self) -> bool:
@@ -103,6 +108,13 @@ class LogitsProcessorList(list[ProcessorLike]):
             extra = {p.name: p.default is p.empty for p in parameters[2:] if p.kind in named}
             self._signatures[kind] = (extra, takes_any)
         return self._signatures[kind]
+
+
+def _refuse_result(processor: ProcessorLike, made: object, scores: Tensor) -> NoReturn:
+    name = getattr(processor, "__name__", type(processor).__name__)
+    found = f"scores of shape {list(made.shape)}" if isinstance(made, Tensor) else repr(made)
+    kind = ValueError if isinstance(made, Tensor) else TypeError
+    raise kind(f"the logits processor {name} returned {found}; it must return scores of shape {list(scores.shape)}")
 
 
 def _select(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from numbers import Integral
 from typing import Any
 
@@ -138,7 +139,7 @@ def _checked_biases(given: object) -> Biases:
                 f"Each sequence of `sequence_bias` has to be a non-empty {container.__name__} of non-negative "
                 f"integers, but one is {ids!r}."
             )
-        if not isinstance(bias, float):
+        if not isinstance(bias, float) or isnan(bias):
             raise ValueError(f"Each bias of `sequence_bias` has to be a float, but that of {ids!r} is {bias!r}.")
         biases[tuple(int(token) for token in ids)] = bias
     return biases

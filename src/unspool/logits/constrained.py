@@ -40,12 +40,23 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         for row, tokens in enumerate(input_ids):
             entry = row // self._num_beams
             allowed = self._prefix_allowed_tokens_fn(entry, tokens)
+            if not hasattr(allowed, "__len__"):
+                raise TypeError(
+                    f"`prefix_allowed_tokens_fn` returned {allowed!r} for batch entry {entry}; it has to return a list "
+                    "of token ids."
+                )
             if len(allowed) == 0:
                 raise ValueError(
                     f"`prefix_allowed_tokens_fn` allowed no token for batch entry {entry}; it has to name at least "
                     "one, e.g. the eos id when the constraint is fulfilled."
                 )
-            mask[row, allowed] = 0
+            try:
+                mask[row, allowed] = 0
+            except IndexError:
+                raise ValueError(
+                    f"`prefix_allowed_tokens_fn` allowed {list(allowed)} for batch entry {entry}, of which some are "
+                    f"none of the {scores.shape[1]} tokens that there are."
+                ) from None
         processed = scores + mask
         stuck = processed.amax(dim=-1).isneginf().view(-1, self._num_beams).all(dim=-1)
         return torch.where(stuck.repeat_interleave(self._num_beams).unsqueeze(-1), mask, processed)

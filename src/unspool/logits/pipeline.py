@@ -100,6 +100,8 @@ def build_processors(
         rows = (config.num_beams or 1) // (config.num_beam_groups or 1)  # groups are processed one after the other
         configured.append(PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, rows))
     configured += _token_processors(config, prompt_length, eos, device)
+    if vocab_size is not None:
+        _check_ids(configured, vocab_size, prompt_length)
     processors = _merge(configured, custom or ())
     processors += _grammar_mask(config, prompt_length, eos, tokenizer, vocab_size)
     if config.do_sample:
@@ -132,6 +134,26 @@ def warped_again(processors: LogitsProcessorList, config: GenerationConfig) -> L
 def is_guided(config: GenerationConfig) -> bool:
     """Whether `guidance_scale` changes anything."""
     return config.guidance_scale is not None and config.guidance_scale != 1
+
+
+def _check_ids(processors: LogitsProcessorList, vocab_size: int, prompt_length: int) -> None:
+    """Raise `ValueError` for tokens that are to be forced, biased or banned and do not exist."""
+    for processor in processors:
+        if isinstance(processor, SequenceBiasLogitsProcessor):
+            name = "bad_words_ids" if isinstance(processor, NoBadWordsLogitsProcessor) else "sequence_bias"
+            ids = [token for sequence in processor.sequence_bias for token in sequence]
+        elif isinstance(processor, ForcedEOSTokenLogitsProcessor):
+            name, ids = "forced_eos_token_id", processor.eos_token_id.tolist()
+        elif isinstance(processor, ForcedBOSTokenLogitsProcessor) and prompt_length <= 1:
+            name, ids = "forced_bos_token_id", [processor.bos_token_id]
+        else:
+            continue
+        outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise ValueError(
+                f"{name} names token id {outside}, outside the model's vocabulary of {vocab_size}; use the tokenizer "
+                "that belongs to the model"
+            )
 
 
 def _history_processors(

@@ -43,7 +43,15 @@ class StoppingCriteriaList(list[CriterionLike]):
         """
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for criterion in self:
-            done = done | criterion(input_ids, scores, **kwargs)
+            try:
+                answer = criterion(input_ids, scores, **kwargs)
+            except Exception as error:
+                if scores is None:
+                    error.add_note(
+                        "scores reach stopping criteria with return_dict_in_generate=True and output_scores=True only"
+                    )
+                raise
+            done = done | _checked(criterion, answer, input_ids.shape[0])
         return done
 
     @property
@@ -56,3 +64,15 @@ class StoppingCriteriaList(list[CriterionLike]):
         """The first `max_length` of a criterion, or None when the width is not limited."""
         limits = (getattr(criterion, "max_length", None) for criterion in self)
         return next((limit for limit in limits if limit is not None), None)
+
+
+def _checked(criterion: CriterionLike, answer: Any, rows: int) -> Tensor | bool:
+    """What a criterion answered, if it is one bool or one for each row."""
+    if isinstance(answer, Tensor) and answer.shape in ((rows,), (1,), ()):
+        return answer
+    if isinstance(answer, bool) or (not isinstance(answer, Tensor) and getattr(answer, "ndim", None) == 0):
+        return bool(answer)  # NumPy's too
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    found = f"a tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else repr(answer)
+    kind = ValueError if isinstance(answer, Tensor) else TypeError
+    raise kind(f"the stopping criterion {name} returned {found}; it must return a bool, or a tensor of {rows} bools")

@@ -270,7 +270,7 @@ class BeamChooser:
         total = (scores.view(prompts, beams, vocab) + self.running.scores[:, :, None]).view(prompts, -1)
         if self._noise is None:
             found, flat = total.topk(self.rules.candidates)
-            fine = ~found[:, 0].isnan()
+            fine = found[:, 0] > -torch.inf
         else:  # without replacement, as `torch.multinomial` draws
             ratio = total.softmax(dim=-1).div_(self._noise(rows, vocab).view(prompts, -1))
             most, flat = ratio.topk(self.rules.candidates)

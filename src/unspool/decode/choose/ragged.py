@@ -122,7 +122,7 @@ class RaggedChooser:
         """What each position of each row would choose, -1 where there is nothing to choose."""
         if self._noise is None:
             value, tokens = scores.max(dim=-1)
-            fine = ~value.isnan()
+            fine = value > -torch.inf
         else:
             ratio = scores.softmax(dim=-1).div_(self._noise.ahead(rows, scores.shape[1]))
             tokens = ratio.argmax(dim=-1)

@@ -152,7 +152,7 @@ class SampleChooser:
             scores = self._process(ids, scores) if places is None else self._process.on_rows(ids, scores, places)
         if self._noise is None:
             value, tokens = scores.max(dim=-1)
-            fine = ~value.isnan()
+            fine = value > -torch.inf  # neither NaN nor all banned
         else:
             ratio = scores.softmax(dim=-1).div_(self._noise(rows, scores.shape[1]))
             tokens = ratio.argmax(dim=-1)
