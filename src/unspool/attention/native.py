@@ -11,7 +11,8 @@ from torch import Tensor
 
 from unspool.attention.context import Span
 from unspool.cache.paged import PagedStore
-from unspool.kernels.attention import Plan, fits
+from unspool.kernels.attention import Plan, Pools, fits
+from unspool.kernels.program import Past
 
 __all__ = ["NativeAttention", "serves"]
 
@@ -43,6 +44,8 @@ class NativeAttention:
             Plan(lengths, feeds, [row.blocks[index] for row in rows], store.block_size, group.window, ahead=ahead)
             for index, group in enumerate(store.groups)
         ]
+        self._pools: Pools | None = None
+        self._layout = 0
 
     def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, Span]]) -> bool:
         """Make it the attention of the next step, in which the same rows have one new token each.
@@ -58,6 +61,17 @@ class NativeAttention:
             plan.advance(lengths, [(place, row.blocks[index]) for place, row in changed])
             for index, plan in enumerate(self.plans)
         )
+
+    @property
+    def past(self) -> Past:
+        """The plans and pools of all layers, for a program."""
+        store = self.store
+        if self._pools is None or self._layout != store.layouts:
+            layers = range(len(store.keys))
+            pools = [pool for layer in layers for pool in (store.keys[layer], store.values[layer])]
+            self._pools = Pools(pools, [store.group_of[layer] for layer in layers])
+            self._layout = store.layouts
+        return Past(self.plans, self._pools)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None

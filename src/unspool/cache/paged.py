@@ -70,6 +70,11 @@ class PagedStore:
         block_size: tokens in a block.
         quantized: keep them in 8 bits (see `cache.compact`), in half the memory of 16.
 
+    Attributes:
+        keys, values: the pools, by layer.
+        group_of: the group of each layer.
+        layouts: how often the pools have been exchanged for larger ones.
+
     Raises:
         OutOfMemory: the pools do not fit on the device.
     """
@@ -93,6 +98,7 @@ class PagedStore:
         self._refuse_if_too_large(counts)
         self.blocks = [Blocks(count) for count in counts]
         self._windows = any(group.window is not None for group in groups)
+        self.layouts = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.group_of: dict[int, int] = {}
@@ -264,6 +270,7 @@ class PagedStore:
             self._append(rows, tokens)
         else:
             self._lay_out(rows, tokens)
+        self.layouts += 1
 
     def _append(self, rows: Sequence[Row], tokens: int) -> None:
         """Add blocks behind the last: what rows of `tokens` tokens need more, and one for each block to be unshared."""

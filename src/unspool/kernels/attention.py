@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unspool.kernels import native
 
-__all__ = ["Plan", "fits"]
+__all__ = ["Plan", "Pools", "fits"]
 
 _DTYPES = {torch.bfloat16: 2, torch.float32: 4}
 _MOST_DIM = 256
@@ -117,6 +117,16 @@ class Plan:
             raise ValueError(f"a row has the block {lowest}; blocks are counted from 0")
         self._slots = (int(used.max()) + 1) * block_size
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the plan and its tables, as the kernels read them."""
+        return self._address, self._tables
+
+    @property
+    def slots(self) -> int:
+        """How many slots a pool must have."""
+        return self._slots
+
     def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, list[int]]]) -> bool:
         """Make it the plan of a later step, in which the same rows have one new token each.
 
@@ -206,6 +216,45 @@ class Plan:
         if failed:
             raise MemoryError("attention found no memory for its partial results")
         return out
+
+
+class Pools:
+    """Keys and values of all layers, as a program's attention reads them.
+
+    Args:
+        pools: keys and values of each layer in turn, `[slots, kv_heads, dim]`.
+        groups: the group of each layer.
+
+    Attributes:
+        groups: the same.
+        heads: `(kv_heads, dim)` of all layers.
+        dtype: of the numbers.
+        slots: that each group's layers have.
+        address: of the pools' addresses, side by side.
+
+    Raises:
+        ValueError: layers differ in their heads or dtype, or a pool cannot be read.
+    """
+
+    __slots__ = ("_addresses", "_kept", "address", "dtype", "groups", "heads", "slots")
+
+    def __init__(self, pools: Sequence[Tensor], groups: Sequence[int]) -> None:
+        first = pools[0]
+        _, kv_heads, dim = first.shape
+        self.dtype, self.heads, self.groups = first.dtype, (kv_heads, dim), list(groups)
+        self.slots = [0] * (max(groups) + 1)
+        for pool, group in zip(pools, (group for group in groups for _ in "kv"), strict=True):
+            slots, *heads = pool.shape
+            if pool.dtype != self.dtype or heads != [kv_heads, dim] or not pool.is_cpu or not pool.is_contiguous():
+                raise ValueError(
+                    f"a pool {list(pool.shape)} of {pool.dtype} is none of {kv_heads} x {dim} {self.dtype}"
+                )
+            if self.slots[group] not in (0, slots):
+                raise ValueError(f"layers of one group have pools of {self.slots[group]} and {slots} slots")
+            self.slots[group] = slots
+        self._kept = list(pools)
+        self._addresses = array("q", [pool.data_ptr() for pool in pools])
+        self.address, _ = self._addresses.buffer_info()
 
 
 def _seen(length: int, feed: int, window: int | None, block_size: int) -> int:

@@ -46,6 +46,38 @@ void norm(const void* x, void* branch, const void* weight, i64 rows, i64 width, 
     });
 }
 
+// The norm of each of a token's first `parts` times `width` numbers, in place.
+template <class T>
+void norm_parts(void* x, i64 tokens, i64 stride, i64 parts, i64 width, const void* weight, float eps, int threads) {
+    using Number = typename T::Number;
+    parallel_for(tokens * parts * width > kSerial ? threads : 1, tokens, [=](i64 token) {
+        Number* part = static_cast<Number*>(x) + token * stride;
+        for (i64 i = 0; i < parts; i++, part += width)
+            norm_row<T>(part, nullptr, static_cast<const Number*>(weight), width, eps, part);
+    });
+}
+
+// branch * factor + x of a span of numbers, to the branch, rounded after each; where there is no x, none is added.
+template <class T>
+UNSPOOL_TARGET void add_span(const typename T::Number* x, typename T::Number* branch, float factor, i64 count) {
+    const Vec all = set(factor);
+    for (i64 i = 0; i < count; i += kWidth) {
+        const i64 there = rest(count, i);
+        Vec number = T::load(branch + i, there);
+        if (factor != 1.0f) number = T::as_stored(number * all);
+        T::store(branch + i, x ? T::load(x + i, there) + number : number, there);
+    }
+}
+
+template <class T>
+void add(const void* x, void* branch, float factor, i64 rows, i64 width, int threads) {
+    using Number = typename T::Number;
+    parallel_for(rows * width > kSerial ? threads : 1, rows, [=](i64 row) {
+        add_span<T>(x ? static_cast<const Number*>(x) + row * width : nullptr, static_cast<Number*>(branch) + row * width,
+                    factor, width);
+    });
+}
+
 // silu(gate) * up of one row, which holds the gate and then `up`.
 template <class T>
 UNSPOOL_TARGET void gate_row(const typename T::Number* row, i64 width, typename T::Number* out) {
@@ -98,6 +130,15 @@ void turn(void* x, i64 tokens, i64 stride, i64 heads, i64 dim, const void* cos, 
 inline void rms_norm(int bytes, const void* x, void* branch, const void* weight, i64 rows, i64 width, float eps, void* out,
                      int threads) {
     (bytes == 2 ? norm<Bf16> : norm<Fp32>)(x, branch, weight, rows, width, eps, out, threads);
+}
+
+inline void norm_parts(int bytes, void* x, i64 tokens, i64 stride, i64 parts, i64 width, const void* weight, float eps,
+                       int threads) {
+    (bytes == 2 ? norm_parts<Bf16> : norm_parts<Fp32>)(x, tokens, stride, parts, width, weight, eps, threads);
+}
+
+inline void add(int bytes, const void* x, void* branch, float factor, i64 rows, i64 width, int threads) {
+    (bytes == 2 ? add<Bf16> : add<Fp32>)(x, branch, factor, rows, width, threads);
 }
 
 inline void silu_gate(int bytes, const void* x, i64 rows, i64 width, void* out, int threads) {

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from unspool.kernels import native
 
-__all__ = ["add_rms_norm", "rms_norm", "silu_gate", "turn"]
+__all__ = ["add_rms_norm", "norm_heads", "rms_norm", "silu_gate", "turn"]
 
 _BYTES = {torch.bfloat16: 2, torch.float32: 4} if native.active() else {}
 # Counts are declared as pointers too, which is the cheaper conversion; both have 64 bits.
 _WORD, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 if _BYTES:
     _rms_norm = native.function("unspool_rms_norm", None, _INT, *(_WORD,) * 5, _FLOAT, _WORD, _INT)
+    _norm_parts = native.function("unspool_norm_parts", None, _INT, *(_WORD,) * 6, _FLOAT, _INT)
     _silu_gate = native.function("unspool_silu_gate", None, _INT, *(_WORD,) * 4, _INT)
     _turn = native.function("unspool_turn", None, _INT, *(_WORD,) * 8, _INT)
 
@@ -84,6 +85,24 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
         torch.get_num_threads(),
     )
     return branch, out
+
+
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> bool:
+    """`rms_norm` in place of each head of `x` `[tokens, heads, dim]`; whether the kernels could do it."""
+    size = _bytes(x)
+    tokens, heads, dim = x.shape
+    if not (
+        size
+        and x.stride()[1:] == (dim, 1)
+        and weight.dtype == x.dtype
+        and weight.is_cpu
+        and weight.shape == (dim,)
+        and weight.is_contiguous()
+    ):
+        return False
+    threads = torch.get_num_threads()
+    _norm_parts(size, x.data_ptr(), tokens, x.stride(0), heads, dim, weight.data_ptr(), eps, threads)
+    return True
 
 
 def silu_gate(x: Tensor) -> Tensor:

@@ -13,6 +13,13 @@ void unspool_rms_norm(int bytes, const void* x, void* branch, const void* weight
     chosen->rms_norm(bytes, x, branch, weight, rows, width, eps, out, threads);
 }
 
+// Root mean square norm in place of parts of tokens that are `stride` numbers apart: of each, the first `parts` times
+// `width` numbers, by one weight [width].
+void unspool_norm_parts(int bytes, void* x, i64 tokens, i64 stride, i64 parts, i64 width, const void* weight, float eps,
+                        int threads) {
+    chosen->norm_parts(bytes, x, tokens, stride, parts, width, weight, eps, threads);
+}
+
 // silu(gate) * up of `x` [rows, 2 * width] = [gate, up], to `out` [rows, width].
 void unspool_silu_gate(int bytes, const void* x, i64 rows, i64 width, void* out, int threads) {
     chosen->silu_gate(bytes, x, rows, width, out, threads);

@@ -13,7 +13,8 @@
 
 namespace unspool::UNSPOOL_LEVEL {
 
-const Kernels kernels{elementwise::rms_norm, elementwise::silu_gate, elementwise::turn,     attention::attend,
-                      encoding::encode,      UNSPOOL_LINEAR,         UNSPOOL_QUANTISED};
+const Kernels kernels{elementwise::rms_norm, elementwise::norm_parts, elementwise::add,  elementwise::silu_gate,
+                      elementwise::turn,     attention::attend,       encoding::encode, UNSPOOL_LINEAR,
+                      UNSPOOL_QUANTISED};
 
 }  // namespace unspool::UNSPOOL_LEVEL

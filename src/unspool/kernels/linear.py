@@ -76,6 +76,7 @@ class PackedWeight:
 
     Attributes:
         address: where the packed numbers begin.
+        handle: of the weight, for the kernels.
     """
 
     lossless = True
@@ -92,7 +93,7 @@ class PackedWeight:
         with torch.inference_mode(False):
             self._memory = reserve(2 * size).view(torch.bfloat16)
         self._struct = _Struct(self._memory.data_ptr(), self.outputs, self.inputs)
-        self._handle = ctypes.addressof(self._struct)
+        self.handle = ctypes.addressof(self._struct)
         self.address: int = self._memory.data_ptr()
         self._plain: weakref.ref[Tensor] | None = None
         if not weight.is_meta:
@@ -139,7 +140,7 @@ class PackedWeight:
             bias = self._checked(bias)
         added = None if bias is None else bias.data_ptr()
         threads = torch.get_num_threads()
-        self._multiply(self._handle, x.data_ptr(), stride, added, out.data_ptr(), rows, threads)
+        self._multiply(self.handle, x.data_ptr(), stride, added, out.data_ptr(), rows, threads)
         return out
 
     def rows(self, indexes: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class PackedWeight:
         indexes = indexes.to(torch.int64).contiguous()
         count = indexes.shape[0]
         out = torch.empty(count, self.inputs, dtype=torch.bfloat16, device="cpu")
-        wrong = self._rows(self._handle, indexes.data_ptr(), count, out.data_ptr(), torch.get_num_threads())
+        wrong = self._rows(self.handle, indexes.data_ptr(), count, out.data_ptr(), torch.get_num_threads())
         if wrong >= 0:
             raise IndexError(f"`indexes` holds {int(indexes[wrong])}; rows of this weight lie in [0, {self.outputs})")
         return out
@@ -165,7 +166,7 @@ class PackedWeight:
         if plain is None:
             with torch.inference_mode(False):
                 plain = torch.empty(self.outputs, self.inputs, dtype=torch.bfloat16, device="cpu")
-            self._unpack(self._handle, plain.data_ptr(), torch.get_num_threads())
+            self._unpack(self.handle, plain.data_ptr(), torch.get_num_threads())
             self._plain = weakref.ref(plain)
         return plain
 

@@ -101,7 +101,11 @@ class RowsOfPairs:
 
 
 class Pairs:
-    """The pairs of one layer, by number; all of one shape. `None` changes nothing."""
+    """The pairs of one layer, by number; all of one shape. `None` changes nothing.
+
+    Attributes:
+        address: of their handles.
+    """
 
     def __init__(self, pairs: Sequence[LowRankPair | None]) -> None:
         there = [pair for pair in pairs if pair is not None]
@@ -112,7 +116,7 @@ class Pairs:
         self._kept = there
         handles = [None if pair is None else pair.handle for pair in pairs]
         self._handles = (ctypes.c_void_p * len(handles))(*handles)
-        self._address, self._count, self._function = ctypes.addressof(self._handles), len(handles), _function()
+        self.address, self._count, self._function = ctypes.addressof(self._handles), len(handles), _function()
 
     def add(self, x: Tensor, out: Tensor, rows: RowsOfPairs) -> Tensor:
         """Add to `out` `[rows, out]` what the rows' pairs make of bf16 `x` `[rows, in]`; gives `out`, written over.
@@ -134,6 +138,6 @@ class Pairs:
             stride = x.shape[1]
         threads = torch.get_num_threads()
         self._function(
-            self._address, self._count, rows.starts, rows.places, x.data_ptr(), stride, out.data_ptr(), threads
+            self.address, self._count, rows.starts, rows.places, x.data_ptr(), stride, out.data_ptr(), threads
         )
         return out

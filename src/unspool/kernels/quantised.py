@@ -68,6 +68,9 @@ class PackedCodes:
         group: inputs that share a scale, a multiple of 32; with eight bits, `inputs`.
         offsets: whether a group also has an offset (four bits only).
 
+    Attributes:
+        handle: of the weight, for the kernels.
+
     A weight is `table[code] * scale (+ offset)`. Scales of groups are kept in fp16, relative to a power of two of their
     row.
     """
@@ -97,7 +100,7 @@ class PackedCodes:
         memory = (self._lines, self._units, self._scales, self._offsets, self._table)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in memory]
         self._struct = _Struct(*pointers, outputs, inputs, step, int(nibbles))
-        self._handle = ctypes.addressof(self._struct)
+        self.handle = ctypes.addressof(self._struct)
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +138,7 @@ class PackedCodes:
             raise ValueError(f"`codes` must be uint8 on the CPU; got {codes.dtype} on {codes.device}")
         codes, scales = codes.contiguous(), scales.detach().float()
         self._functions.pack(
-            self._handle, codes.data_ptr(), first, count, torch.get_num_threads() if threads is None else threads
+            self.handle, codes.data_ptr(), first, count, torch.get_num_threads() if threads is None else threads
         )
         if self._scales is None:
             self._units[first : first + count] = scales[:, 0]
@@ -164,7 +167,7 @@ class PackedCodes:
         count = rows.shape[0]
         codes = torch.empty(count, self.inputs, dtype=torch.uint8)
         threads = torch.get_num_threads()
-        wrong = self._functions.codes(self._handle, rows.data_ptr(), count, codes.data_ptr(), threads)
+        wrong = self._functions.codes(self.handle, rows.data_ptr(), count, codes.data_ptr(), threads)
         if wrong >= 0:
             raise IndexError(f"`indexes` holds {int(rows[wrong])}; rows of this weight lie in [0, {self.outputs})")
         units = self._units[rows, None]
@@ -210,5 +213,5 @@ class PackedCodes:
         added = None if bias is None else bias.data_ptr()
         wide_x = x.dtype == torch.float32
         threads = torch.get_num_threads()
-        self._functions.multiply(self._handle, x.data_ptr(), stride, added, out.data_ptr(), rows, wide_x, wide, threads)
+        self._functions.multiply(self.handle, x.data_ptr(), stride, added, out.data_ptr(), rows, wide_x, wide, threads)
         return out

@@ -7,6 +7,7 @@ layers, so calls in different threads do not disturb each other.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unspool.kernels.lowrank import LowRankPair, Pairs, RowsOfPairs, fits
+from unspool.kernels.program import Adapted
 from unspool.models.layers.linear import Linear, added, multiply
 
 __all__ = ["BASE", "Adapter", "Adapters", "Delta", "Mixer", "Selection"]
@@ -216,6 +218,11 @@ class Selection:
             out = out.index_copy(0, places, some) if torch.is_grad_enabled() else out.index_copy_(0, places, some)
         return out
 
+    def adapted(self, layers: Sequence[Linear]) -> Adapted | None:
+        """What the adapters add to the products of `layers`, for a program; `None` where its kernel cannot do it."""
+        pairs = self._stack.addresses(layers)
+        return None if pairs is None else Adapted(pairs, self._rows)
+
     @cached_property
     def _rows(self) -> RowsOfPairs:
         return RowsOfPairs(self._numbers, len(self._stack.adapters))
@@ -286,6 +293,7 @@ class Stack:
         self.adapters = tuple(adapters)
         self.numbers = {adapter: number for number, adapter in enumerate(adapters)}
         self._changes: dict[Linear, Change | None] = {}
+        self._addresses: tuple[Sequence[Linear], array[int] | None] | None = None
 
     def change(self, layer: Linear) -> Change | None:
         """What the adapters change of `layer`; `None` where none does."""
@@ -293,6 +301,15 @@ class Stack:
             deltas = [adapter.deltas.get(layer) for adapter in self.adapters]
             self._changes[layer] = Change(deltas) if any(delta is not None for delta in deltas) else None
         return self._changes[layer]
+
+    def addresses(self, layers: Sequence[Linear]) -> array[int] | None:
+        """Where the pairs of each layer are, 0 where nothing is changed; `None` unless the kernel computes all."""
+        if self._addresses is None or self._addresses[0] is not layers:
+            changes = [self.change(layer) for layer in layers]
+            plain = all(c is None or (c.pairs is not None and c.gain is None) for c in changes)
+            places = (0 if c is None or c.pairs is None else c.pairs.address for c in changes)
+            self._addresses = layers, array("q", places) if plain else None
+        return self._addresses[1]
 
 
 class Mixer:

@@ -5,14 +5,16 @@ They are Llama, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3, Phi-3, Granite and OLMo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unspool.kernels.elementwise import norm_heads
 from unspool.models.base import Attend, Batch, Model, ModelSpec
+from unspool.models.compiled import CompiledLayers
 from unspool.models.layers.activation import gated
 from unspool.models.layers.embedding import Embedding
 from unspool.models.layers.linear import Linear
@@ -32,9 +34,16 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(2 * config.head_dim))
         self.parts = (config.head_dim, config.head_dim)
 
+    @property
+    def pieces(self) -> tuple[tuple[int, Tensor], ...]:
+        """How many heads follow each other, and their weight."""
+        return (self.heads, self.weight[: self.dim]), (self.kv_heads, self.weight[self.dim :])
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` `[tokens, heads + kv_heads, dim]`."""
-        q, k = self.weight.view(2, 1, self.dim)
+        """Normalise `x` `[tokens, heads + kv_heads, dim]`; in place where no gradient needs it."""
+        (_, q), (_, k) = self.pieces
+        if norm_heads(x[:, : self.heads], q, self.eps) and norm_heads(x[:, self.heads :], k, self.eps):
+            return x
         weight = torch.cat((q.expand(self.heads, -1), k.expand(self.kv_heads, -1)))
         return F.rms_norm(x, (self.dim,), None, self.eps) * weight
 
@@ -47,6 +56,12 @@ class WidthNorm(nn.Module):
         self.width = config.heads * config.head_dim
         self.q = RMSNorm(self.width, config.eps)
         self.k = RMSNorm(config.kv_heads * config.head_dim, config.eps)
+        self.eps = config.eps
+
+    @property
+    def pieces(self) -> tuple[tuple[int, Tensor], ...]:
+        """As `HeadNorm.pieces`, with all heads as one."""
+        return (1, self.q.weight), (1, self.k.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` `[tokens, heads + kv_heads, dim]`."""
@@ -165,6 +180,18 @@ class Llama(Model):
         self.norm = RMSNorm(shape.hidden_size, shape.eps)
         self.lm_head = Linear(shape.hidden_size, shape.vocab_size)
         self.tied = shape.tied
+        self._compiled = CompiledLayers(self.shape, self.layers, self.norm)
+
+    def train(self, mode: bool = True) -> Llama:
+        """Set training mode; see `Packable.train`."""
+        self._compiled.forget()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Llama:
+        self._compiled.forget()
+        super()._apply(fn, recurse)
+        return self
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, `[tokens, hidden]`."""
@@ -172,6 +199,8 @@ class Llama(Model):
         if self.shape.embedding_multiplier != 1.0:
             x = x * self.shape.embedding_multiplier
         turn = self.rotary(batch.positions, batch.extents, x.dtype)
+        if (compiled := self._compiled.run(x, turn, batch)) is not None:
+            return compiled
         for layer in self.layers[: batch.layers]:
             if batch.trace is not None:
                 batch.trace.append(x)

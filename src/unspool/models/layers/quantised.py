@@ -170,6 +170,11 @@ class QuantisedForm:
         return self._packed is not None and self.dtype in (torch.bfloat16, torch.float32)
 
     @property
+    def compiled(self) -> PackedCodes | None:
+        """The weight as the compiled kernels have it, where they do."""
+        return self._packed
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         kept = self._packed or self._plain

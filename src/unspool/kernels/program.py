@@ -1,0 +1,324 @@
+"""A decoder's step as a list of operations, by `program.cpp`: one call runs all layers.
+
+At a few rows, calling every operation from Python would cost as much as its numbers. The operations are those of
+`linear`, `quantised`, `attention`, `elementwise` and `lowrank`; called one by one, they give the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unspool.kernels import native
+from unspool.kernels.attention import Plan, Pools
+from unspool.kernels.linear import PackedWeight
+from unspool.kernels.lowrank import RowsOfPairs
+from unspool.kernels.quantised import PackedCodes
+
+__all__ = ["INPUT", "Adapted", "Past", "Program"]
+
+INPUT = -1
+"""The buffer of a step's input."""
+
+_BYTES = {torch.bfloat16: 2, torch.float32: 4}
+# Numbers; so that buffers of a token begin on lines of the cache, whatever the number of tokens.
+_UNIT = 32
+_NORM, _ADD_NORM, _NORM_PARTS, _TURN, _ATTEND, _PRODUCT, _QUANTISED, _GATE, _ADD = range(9)
+
+
+class _Operation(ctypes.Structure):
+    """`Operation` of `program.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("kind", "source", "target", "other")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("width", "parts", "stride", "number")),
+        *((name, ctypes.c_float) for name in ("first", "second")),
+    )
+
+
+class _Step(ctypes.Structure):
+    """`Step` of `program.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "bytes")),
+        *((name, ctypes.c_void_p) for name in ("input", "buffers", "cos", "sin")),
+        ("turned", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("plans", "pools", "pairs")),
+        ("pair_count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("starts", "places")),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class Past(NamedTuple):
+    """Where the rows of a step have their keys and values: plans of each group of layers, and the layers' pools."""
+
+    plans: Sequence[Plan]
+    pools: Pools
+
+
+class Adapted(NamedTuple):
+    """What low-rank adapters add to the products of a step.
+
+    Attributes:
+        pairs: addresses of each product's handles, by its number, or 0 (`lowrank.Pairs.address`).
+        rows: which pair each row has.
+    """
+
+    pairs: array[int]
+    rows: RowsOfPairs
+
+
+class Buffer(NamedTuple):
+    """Numbers of every token of a step: where they lie, and how many they are."""
+
+    place: int
+    width: int
+
+
+@cache
+def _function() -> Any:
+    return native.function("unspool_run", ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+
+
+def _checked(tensor: Tensor | None, width: int, dtype: torch.dtype) -> int | None:
+    """The address of `[width]` numbers."""
+    if tensor is None:
+        return None
+    if tensor.shape != (width,) or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(f"a weight of {tensor.dtype} {list(tensor.shape)} is none of {dtype} [{width}] on the CPU")
+    return tensor.data_ptr()
+
+
+class Program:
+    """Operations over buffers; `fits` says whether a step can be one at all.
+
+    Args:
+        width: of the input.
+        dtype: of all numbers.
+
+    Every method that writes an operation raises ValueError where weights or buffers do not fit it.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        if dtype not in _BYTES or not native.active():
+            raise ValueError(f"there are no programs for {dtype} here: {native.describe()}")
+        self.dtype = dtype
+        self.input = Buffer(INPUT, width)
+        self._operations: list[_Operation] = []
+        self._kept: list[object] = []
+        self._top = self._size = 0
+        self._heads: tuple[int, int] | None = None  # key heads and width of one, in all layers
+        self._groups: list[int] = []  # of the layers
+        self._turned: int | None = None
+        self.products = 0
+        self._code: ctypes.Array[_Operation] | None = None
+
+    def buffer(self, width: int) -> Buffer:
+        """A new one."""
+        made = Buffer(self._top, width)
+        self._top += -(-width // _UNIT) * _UNIT
+        self._size = max(self._size, self._top)
+        return made
+
+    def release(self, first: Buffer) -> None:
+        """Let new buffers take the place of `first` and all that were made after it."""
+        self._top = first.place
+
+    def norm(self, x: Buffer, weight: Tensor, eps: float, out: Buffer) -> None:
+        """`out = rms_norm(x)`."""
+        self._same(x, out)
+        address = _checked(weight, x.width, self.dtype)
+        self._write(_NORM, x, out, weight=address, width=x.width, first=eps)
+        self._kept.append(weight)
+
+    def add_norm(self, x: Buffer, branch: Buffer, weight: Tensor, eps: float, out: Buffer) -> None:
+        """`branch += x`, and `out = rms_norm(branch)`."""
+        self._same(x, branch, out)
+        address = _checked(weight, x.width, self.dtype)
+        self._write(_ADD_NORM, x, out, other=branch.place, weight=address, width=x.width, first=eps)
+        self._kept.append(weight)
+
+    def norm_parts(self, x: Buffer, first: int, parts: int, weight: Tensor, eps: float) -> None:
+        """Norm `parts` parts of `x`, each as wide as the weight, from number `first` on; in place."""
+        width = weight.shape[0]
+        if first < 0 or first + parts * width > x.width:
+            raise ValueError(f"{parts} parts of {width} numbers from {first} on are not in {x.width}")
+        address = _checked(weight, width, self.dtype)
+        self._write(
+            _NORM_PARTS, x, x, weight=address, width=width, parts=parts, stride=x.width, number=first, first=eps
+        )
+        self._kept.append(weight)
+
+    def turn(self, x: Buffer, heads: int, dim: int, turned: int) -> None:
+        """Turn the first `turned` numbers of each of the first `heads` heads of `x`, in place."""
+        if heads * dim > x.width or turned > dim or turned % 2 or self._turned not in (None, turned):
+            raise ValueError(f"{turned} numbers of {heads} heads of {dim} cannot be turned in {x.width}")
+        self._turned = turned
+        self._write(_TURN, x, x, width=dim, parts=heads, stride=x.width)
+
+    def attend(
+        self,
+        qkv: Buffer,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        out: Buffer,
+        *,
+        group: int,
+        scale: float,
+        softcap: float | None = None,
+    ) -> None:
+        """Store the next layer's keys and values, which lie behind the queries in `qkv`, and answer the queries."""
+        if (heads + 2 * kv_heads) * dim != qkv.width or heads * dim != out.width or heads % kv_heads:
+            raise ValueError(f"{heads} and {kv_heads} heads of {dim} are not {qkv.width} and {out.width} numbers")
+        if self._heads not in (None, (kv_heads, dim)):
+            raise ValueError(f"layers have {self._heads} and {(kv_heads, dim)} key heads")
+        self._heads, layer = (kv_heads, dim), len(self._groups)
+        self._groups.append(group)
+        self._write(
+            _ATTEND,
+            qkv,
+            out,
+            other=group,
+            width=dim,
+            parts=heads,
+            stride=kv_heads,
+            number=layer,
+            first=scale,
+            second=softcap or 0.0,
+        )
+
+    def product(self, x: Buffer, weight: PackedWeight | PackedCodes, bias: Tensor | None, out: Buffer) -> None:
+        """`out = x @ weight.T + bias`, and what the step's adapters add to it."""
+        if weight.inputs != x.width or weight.outputs != out.width:
+            raise ValueError(f"a weight [{weight.outputs}, {weight.inputs}] gives no {out.width} of {x.width} numbers")
+        bytes_only = isinstance(weight, PackedCodes) and weight.table is None
+        if self.dtype != torch.bfloat16 and not bytes_only:
+            raise ValueError(f"this weight takes no {self.dtype}")
+        kind = _QUANTISED if isinstance(weight, PackedCodes) else _PRODUCT
+        address = _checked(bias, weight.outputs, self.dtype)
+        self._write(kind, x, out, weight=weight.handle, bias=address, width=x.width, number=self.products)
+        self._kept += [weight, bias]
+        self.products += 1
+
+    def gate(self, x: Buffer, out: Buffer) -> None:
+        """`out = silu(gate) * up` of `x`, a gate and then `up`."""
+        if x.width != 2 * out.width:
+            raise ValueError(f"{x.width} numbers are not twice {out.width}")
+        self._write(_GATE, x, out, width=out.width)
+
+    def add(self, x: Buffer | None, branch: Buffer, factor: float = 1.0) -> None:
+        """`branch = branch * factor + x`; where there is no `x`, none is added."""
+        if x is not None:
+            self._same(x, branch)
+        self._write(
+            _ADD, branch if x is None else x, branch, width=branch.width, parts=int(x is not None), first=factor
+        )
+
+    def run(
+        self, x: Tensor, out: Buffer, past: Past, turn: tuple[Tensor, Tensor] | None, adapted: Adapted | None = None
+    ) -> Tensor:
+        """Run a step; gives `[tokens, out.width]`.
+
+        Args:
+            x: `[tokens, width]`, the input.
+            out: the buffer that is the result.
+            past: of the rows, whose new tokens these are.
+            turn: cosines and sines `[tokens, 1, turned]`, the first half of the sines negated.
+            adapted: what adapters add.
+
+        Raises:
+            ValueError: something does not fit the program.
+            MemoryError: attention found no memory.
+        """
+        tokens, width = x.shape
+        fine = (width, x.dtype, x.is_cpu, x.is_contiguous()) == (self.input.width, self.dtype, True, True)
+        if not fine:
+            raise ValueError(f"the input must be {self.dtype} [tokens, {self.input.width}] on the CPU")
+        cos = sin = None
+        if self._turned is not None:
+            shape = (tokens, 1, self._turned)
+            if turn is None or any(
+                t.shape != shape or t.dtype != self.dtype or not t.is_cpu or not t.is_contiguous() for t in turn
+            ):
+                raise ValueError(f"cosines and sines must be {self.dtype} {list(shape)} on the CPU")
+            cos, sin = turn[0].data_ptr(), turn[1].data_ptr()
+        plans = self._plans(past, tokens)
+        if self._code is None:
+            self._code = (_Operation * len(self._operations))(*self._operations)
+        buffers = torch.empty(tokens * self._size, dtype=self.dtype)
+        size = _BYTES[self.dtype]
+        step = _Step(
+            tokens,
+            size,
+            x.data_ptr(),
+            buffers.data_ptr(),
+            cos,
+            sin,
+            self._turned or 0,
+            plans.buffer_info()[0],
+            past.pools.address,
+        )
+        if adapted is not None:
+            rows = adapted.rows
+            if rows.rows != tokens or len(adapted.pairs) != self.products or self.dtype != torch.bfloat16:
+                raise ValueError(f"adapters of {rows.rows} rows and {len(adapted.pairs)} products do not fit")
+            step.pairs, step.pair_count = adapted.pairs.buffer_info()[0], rows.count
+            step.starts, step.places = rows.starts, rows.places
+        step.threads = torch.get_num_threads()
+        if _function()(ctypes.addressof(self._code), len(self._code), ctypes.addressof(step)):
+            raise MemoryError("attention found no memory for its partial results")
+        first = out.place * tokens
+        return buffers[first : first + tokens * out.width].view(tokens, out.width)
+
+    def _plans(self, past: Past, tokens: int) -> array[int]:
+        """Addresses of the plans, of which each fits its pools."""
+        plans, pools = past
+        if pools.dtype != self.dtype or pools.groups[: len(self._groups)] != self._groups or pools.heads != self._heads:
+            raise ValueError(
+                f"pools of {len(pools.groups)} layers with heads of {pools.heads} {pools.dtype} do not fit"
+            )
+        addresses = array("q")
+        for plan, slots in zip(plans, pools.slots, strict=True):
+            if plan.tokens != tokens or plan.slots > slots:
+                raise ValueError(
+                    f"a plan for {plan.tokens} tokens and {plan.slots} slots is not for {tokens} in {slots}"
+                )
+            addresses.extend(plan.addresses)
+        return addresses
+
+    def _same(self, *buffers: Buffer) -> None:
+        if len({buffer.width for buffer in buffers}) != 1:
+            raise ValueError(f"buffers of {[buffer.width for buffer in buffers]} numbers differ")
+
+    def _write(
+        self,
+        kind: int,
+        source: Buffer,
+        target: Buffer,
+        *,
+        other: int = 0,
+        weight: int | None = None,
+        bias: int | None = None,
+        width: int = 0,
+        parts: int = 0,
+        stride: int = 0,
+        number: int = 0,
+        first: float = 0.0,
+        second: float = 0.0,
+    ) -> None:
+        if target.place == INPUT:
+            raise ValueError("the input cannot be written")
+        self._operations.append(
+            _Operation(
+                kind, source.place, target.place, other, weight, bias, width, parts, stride, number, first, second
+            )
+        )

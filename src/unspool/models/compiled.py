@@ -1,0 +1,240 @@
+"""The layers of a decoder built like Llama as one compiled call, where every part of them has a kernel.
+
+It gives what the layers give when they are called one after the other (`llama`), bit for bit. That is what is done
+where gradients or hidden states are wanted, where someone listens to a layer (hooks), and where a part has no kernel:
+another activation, an unpacked weight, an adapter with gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unspool.attention.native import NativeAttention
+from unspool.kernels.elementwise import silu_gate
+from unspool.kernels.linear import PackedWeight
+from unspool.kernels.program import Adapted, Buffer, Program
+from unspool.kernels.quantised import PackedCodes
+from unspool.models.layers.linear import Linear
+from unspool.models.layers.norm import RMSNorm
+from unspool.models.layers.quantised import QuantisedForm
+from unspool.models.layers.rotary import Turn
+
+if TYPE_CHECKING:
+    from unspool.models.base import Batch
+    from unspool.models.llama import Attention, Block, GatedMLP
+    from unspool.models.llama_config import LlamaConfig
+
+__all__ = ["CompiledLayers"]
+
+
+class _Recorded(NamedTuple):
+    """A program, where its result is, and the layers whose products it has, in order."""
+
+    program: Program
+    out: Buffer
+    linears: list[Linear]
+
+
+class _Watched:
+    """What the addresses in a program depend on: modules, their parameters and packed weights. Asked in every step."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters) if table]
+        self._tables = tables
+        self._linears = [module.__dict__ for module in modules if isinstance(module, Linear)]
+        self._small = [p for m in modules for p in m._parameters.values() if p is not None and not p.is_meta]
+        self._hooks = [some for m in modules for some in (m._forward_hooks, m._forward_pre_hooks)]
+        self._state = self._now()
+        self._kept = [
+            *chain.from_iterable(map(dict.values, tables)),
+            *map(_packed, self._linears),
+        ]  # so ids stay theirs
+
+    def _now(self) -> list[int]:
+        return [
+            *map(id, chain.from_iterable(map(dict.values, self._tables))),
+            *map(id, map(_packed, self._linears)),
+            *map(Tensor.data_ptr, self._small),
+        ]
+
+    def changed(self) -> bool:
+        """Whether anything has been exchanged."""
+        return self._now() != self._state
+
+    def hooked(self) -> bool:
+        """Whether someone listens to a module, and so must be called."""
+        return any(self._hooks)
+
+
+_packed = itemgetter("_packed")
+
+
+class CompiledLayers:
+    """All layers and the last norm of a decoder.
+
+    Args:
+        shape: of the decoder.
+        layers, norm: its parts.
+    """
+
+    def __init__(self, shape: LlamaConfig, layers: nn.ModuleList, norm: RMSNorm) -> None:
+        self._shape, self._layers, self._norm = shape, layers, norm
+        self._watched: _Watched | None = None
+        self._recorded: dict[tuple[torch.dtype, int | None], _Recorded | None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledLayers, (self._shape, self._layers, self._norm)  # recorded anew
+
+    def forget(self) -> None:
+        """Let go of the weights, which are about to be exchanged."""
+        self._watched, self._recorded = None, {}
+
+    def run(self, x: Tensor, turn: Turn, batch: Batch) -> Tensor | None:
+        """Hidden states `[tokens, hidden]` after the last norm, of the embeddings `x`; `None` where it cannot be."""
+        attend = batch.attend
+        if batch.trace is not None or not isinstance(attend, NativeAttention) or torch.is_grad_enabled():
+            return None
+        recorded = self._record_once(x.dtype, batch.layers)
+        if recorded is None:
+            return None
+        adapted: Adapted | None = None
+        if batch.adapters is not None and (adapted := batch.adapters.adapted(recorded.linears)) is None:
+            return None
+        return recorded.program.run(x.contiguous(), recorded.out, attend.past, turn, adapted)
+
+    def _record_once(self, dtype: torch.dtype, layers: int | None) -> _Recorded | None:
+        """The program for so many layers; recorded anew when a weight or module has been exchanged."""
+        if self._watched is None or self._watched.changed():
+            self._watched = _Watched([*self._layers.modules(), *self._norm.modules()])
+            self._recorded = {}
+        if self._watched.hooked():
+            return None
+        key = (dtype, layers)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(dtype, layers)
+        return self._recorded[key]
+
+    def _record(self, dtype: torch.dtype, layers: int | None) -> _Recorded | None:
+        blocks: Iterable[Block] = self._layers[:layers]  # type: ignore[assignment]
+        try:
+            recorder = _Recorder(self._shape, dtype)
+            out = recorder.layers(blocks, self._norm)
+        except _NoKernel:
+            return None
+        return _Recorded(recorder.program, out, recorder.linears)
+
+
+class _NoKernel(Exception):
+    """A part of a layer has no kernel."""
+
+
+class _Recorder:
+    """Writes the operations of layers in the order in which `llama` computes them."""
+
+    def __init__(self, shape: LlamaConfig, dtype: torch.dtype) -> None:
+        self.shape = shape
+        try:
+            self.program = Program(shape.hidden_size, dtype)
+        except ValueError:
+            raise _NoKernel from None
+        self.linears: list[Linear] = []
+        self._group_of = {layer: i for i, group in enumerate(shape.groups()) for layer in group.layers}
+
+    def layers(self, blocks: Iterable[Block], norm: RMSNorm) -> Buffer:
+        """All of them and the last norm; gives the buffer of the result."""
+        hidden = self.shape.hidden_size
+        normal, first, second = (self.program.buffer(hidden) for _ in range(3))
+        stream, pending = self.program.input, None
+        for block in blocks:
+            if self.shape.norm_after:
+                free = second if stream is first else first
+                stream = self._norm_after(block, stream, normal, free)
+            else:
+                stream, pending = self._norm_before(block, stream, pending, normal, (first, second))
+        self._norm(norm, stream, pending, normal)
+        return normal
+
+    def _norm(self, norm: RMSNorm, x: Buffer, pending: Buffer | None, out: Buffer) -> Buffer:
+        """The norm of `x`, to which `pending` is added first, if any; gives the stream after it."""
+        if pending is None:
+            self.program.norm(x, norm.weight, norm.eps, out)
+            return x
+        self.program.add_norm(x, pending, norm.weight, norm.eps, out)
+        return pending
+
+    def _norm_before(
+        self, block: Block, x: Buffer, pending: Buffer | None, normal: Buffer, branches: tuple[Buffer, Buffer]
+    ) -> tuple[Buffer, Buffer]:
+        """One layer; what the feed-forward gives is added with the next norm."""
+        first, second = branches
+        x = self._norm(block.attention_norm, x, pending, normal)
+        self._attention(block.attention, normal, first)
+        self._scale(first)
+        x = self._norm(block.mlp_norm, x, first, normal)
+        self._mlp(block.mlp, normal, second)
+        self._scale(second)
+        return x, second
+
+    def _norm_after(self, block: Block, x: Buffer, branch: Buffer, out: Buffer) -> Buffer:
+        """One layer whose norms stand inside the residual branches."""
+        program = self.program
+        middle = program.buffer(x.width)
+        self._attention(block.attention, x, branch)
+        program.norm(branch, block.attention_norm.weight, block.attention_norm.eps, middle)
+        program.add(x, middle, self.shape.residual_multiplier)
+        self._mlp(block.mlp, middle, branch)
+        program.norm(branch, block.mlp_norm.weight, block.mlp_norm.eps, out)
+        program.add(middle, out, self.shape.residual_multiplier)
+        program.release(middle)
+        return out
+
+    def _scale(self, branch: Buffer) -> None:
+        if self.shape.residual_multiplier != 1.0:
+            self.program.add(None, branch, self.shape.residual_multiplier)
+
+    def _attention(self, part: Attention, x: Buffer, out: Buffer) -> None:
+        program, shape = self.program, self.shape
+        qkv = program.buffer((part.turned + part.kv_heads) * part.dim)
+        mixed = program.buffer(part.heads * part.dim)
+        self._linear(part.qkv, x, qkv)
+        if part.norm is not None:
+            first = 0
+            for heads, weight in part.norm.pieces:
+                program.norm_parts(qkv, first, heads, weight, part.norm.eps)
+                first += heads * weight.shape[0]
+        if part.rotated:
+            program.turn(qkv, part.turned, part.dim, shape.rope.dim)
+        program.attend(
+            qkv, part.heads, part.kv_heads, part.dim, mixed, group=self._group_of[part.layer], scale=part.scale
+        )
+        self._linear(part.out, mixed, out)
+        program.release(qkv)
+
+    def _mlp(self, part: GatedMLP, x: Buffer, out: Buffer) -> None:
+        if part.gated is not silu_gate:
+            raise _NoKernel
+        program = self.program
+        both = program.buffer(sum(part.gate_up.parts))
+        gated = program.buffer(both.width // 2)
+        self._linear(part.gate_up, x, both)
+        program.gate(both, gated)
+        self._linear(part.down, gated, out)
+        program.release(both)
+
+    def _linear(self, layer: Linear, x: Buffer, out: Buffer) -> None:
+        packed: object = layer._packed
+        if isinstance(packed, QuantisedForm):
+            packed = packed.compiled
+        if not isinstance(packed, PackedWeight | PackedCodes):
+            raise _NoKernel
+        try:
+            self.program.product(x, packed, layer.bias, out)
+        except ValueError:
+            raise _NoKernel from None
+        self.linears.append(layer)

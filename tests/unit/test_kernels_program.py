@@ -1,0 +1,275 @@
+"""All layers of a decoder as one compiled call: the same bits as layer by layer, and only where nobody listens."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, make_checkpoint
+from hypothesis import given, settings, strategies as st
+
+import unspool
+from unspool.kernels import native
+from unspool.kernels.attention import Plan, Pools
+from unspool.kernels.elementwise import add_rms_norm, norm_heads, rms_norm, silu_gate, turn as rotate
+from unspool.kernels.linear import PackedWeight
+from unspool.kernels.program import Past, Program
+from unspool.kernels.quantised import PackedCodes
+from unspool.models.compiled import CompiledLayers
+
+pytestmark = pytest.mark.skipif(not native.active(), reason="the compiled kernels are not in use")
+
+LAMAS = [name for name in FAMILIES if name != "gpt2"]
+PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [0, 0, 0, 20, 21, 22, 23, 24]])
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step, whether it was one call."""
+    seen: list[bool] = []
+    run = CompiledLayers.run
+
+    def watched(self: CompiledLayers, *args: Any) -> Any:
+        out = run(self, *args)
+        seen.append(out is not None)
+        return out
+
+    monkeypatch.setattr(CompiledLayers, "run", watched)
+    return seen
+
+
+def written(folder: Path, family: str, seed: int = 0) -> Path:
+    make_checkpoint(family, folder, seed)
+    return folder
+
+
+def load(path: Path, kind: str | None = None) -> Any:
+    return unspool.AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16", quantization_config=kind)
+
+
+def logits(model: Any, ids: torch.Tensor = PROMPTS, **options: Any) -> torch.Tensor:
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
+    out = model.generate(
+        ids, attention_mask=(ids != 0).long(), output_logits=True, return_dict_in_generate=True, **options
+    )
+    return torch.stack(out.logits)
+
+
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch, model: Any, *args: Any, **options: Any) -> torch.Tensor:
+    with monkeypatch.context() as patched:
+        patched.setattr(CompiledLayers, "run", lambda *_: None)
+        return logits(model, *args, **options)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+@pytest.mark.parametrize("family", LAMAS)
+def test_same_bits(
+    family: str, kind: str | None, tmp_path: Path, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(written(tmp_path, family), kind)
+    compiled = logits(model)
+    assert runs and all(runs)
+    assert torch.equal(compiled, layer_by_layer(monkeypatch, model))
+
+
+def test_an_fp32_model_of_bytes(tmp_path: Path, runs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, "qwen3")
+    model = unspool.AutoModelForCausalLM.from_pretrained(path, dtype="float32", quantization_config="int8")
+    compiled = logits(model)
+    assert all(runs)
+    assert torch.equal(compiled, layer_by_layer(monkeypatch, model))
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "float32", "quantization_config": "int4"}])
+def test_weights_without_such_kernels_go_layer_by_layer(
+    options: dict[str, str], tmp_path: Path, runs: list[bool]
+) -> None:
+    model = unspool.AutoModelForCausalLM.from_pretrained(written(tmp_path, "llama"), **options)
+    logits(model)
+    assert runs and not any(runs)
+
+
+def test_fewer_layers(tmp_path: Path, runs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(written(tmp_path, "llama"))
+    options = {"assistant_early_exit": 2, "num_assistant_tokens": 3}
+    compiled = model.generate(PROMPTS, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
+    assert runs and all(runs)
+    assert torch.equal(compiled, model.generate(PROMPTS, max_new_tokens=12, do_sample=False, pad_token_id=0))
+
+
+def test_hooks_are_called(tmp_path: Path, runs: list[bool]) -> None:
+    model = load(written(tmp_path, "llama"))
+    before = logits(model)
+    calls: list[int] = []
+    handle = model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(logits(model), before)
+    assert len(calls) == 12
+    handle.remove()
+    runs.clear()
+    logits(model)
+    assert all(runs)
+
+
+def test_a_hook_that_changes_what_a_layer_gives(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"))
+    before = logits(model)
+    handle = model.layers[0].attention.out.register_forward_hook(lambda _, __, out: out * 2)
+    assert not torch.equal(logits(model), before)
+    handle.remove()
+    assert torch.equal(logits(model), before)
+
+
+def test_exchanged_weights_and_modules_count(tmp_path: Path, runs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = load(written(tmp_path / "a", "llama")), load(written(tmp_path / "b", "llama", seed=1))
+    seen = [logits(model)]
+
+    def new(change: str) -> None:
+        now = logits(model)
+        assert all(runs), change
+        assert not any(torch.equal(now, old) for old in seen), change
+        assert torch.equal(now, layer_by_layer(monkeypatch, model)), change
+        seen.append(now)
+        runs.clear()
+
+    with torch.no_grad():
+        model.layers[0].mlp_norm.weight.mul_(2)
+    new("a norm, in place")
+    model.layers[0].mlp_norm.weight = torch.nn.Parameter(torch.full_like(model.layers[0].mlp_norm.weight, 0.5))
+    new("a norm's parameter")
+    model.layers[1].mlp_norm.weight.data = torch.full_like(model.layers[1].mlp_norm.weight, 0.5)
+    new("a norm's data")
+    model.layers[1].attention.qkv = other.layers[1].attention.qkv
+    new("a linear layer")
+    model.layers[2] = other.layers[2]
+    new("a layer")
+    model.layers[1].mlp.down.unpack()
+    with torch.no_grad():
+        model.layers[1].mlp.down.weight.mul_(0.5)
+    model.layers[1].mlp.down.pack()
+    new("a packed weight")
+
+
+def test_training_in_between(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"))
+    before = logits(model)
+    model.train().requires_grad_()
+    model(PROMPTS[:1], labels=PROMPTS[:1]).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad, alpha=0.5)
+    model.eval()
+    trained = logits(model)
+    assert not torch.equal(trained, before)
+    model.pack()
+    assert not torch.equal(logits(model), before)
+
+
+def test_copies(tmp_path: Path, runs: list[bool]) -> None:
+    model = load(written(tmp_path, "llama"), "int8")
+    before = logits(model)
+    other = copy.deepcopy(model)
+    runs.clear()
+    assert torch.equal(logits(other), before)
+    assert all(runs)
+    with torch.no_grad():
+        other.layers[0].mlp_norm.weight.mul_(3)
+    assert not torch.equal(logits(other), before)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_prompts_in_chunks(cut: int, tmp_path: Path, runs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(written(tmp_path, "qwen2-window"))
+    whole = logits(model)
+    assert torch.equal(logits(model, prefill_chunk_size=cut), whole)
+    assert all(runs)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@settings(max_examples=20, deadline=None)
+@given(tokens=st.integers(1, 40), seed=st.integers(0, 99), dim=st.sampled_from([16, 48]), bytewise=st.booleans())
+def test_a_program_is_its_operations_one_by_one(threads: int, tokens: int, seed: int, dim: int, bytewise: bool) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    width = 4 * dim
+    try:
+        with torch.no_grad():
+            x, norms = torch.randn(tokens, 40).bfloat16(), [torch.randn(n).bfloat16() for n in (40, dim, 40)]
+            qkv, out, bias = form(8 * dim, 40, bytewise), form(40, width, bytewise), torch.randn(40).bfloat16()
+            turn = torch.randn(2, tokens, 1, dim // 2).bfloat16().unbind()
+            pools = torch.randn(4, 64, 2, dim).bfloat16()
+            plan = Plan([tokens], [tokens], [[3, 0, 2]], 16)
+
+            program = Program(40, torch.bfloat16)
+            normal, heads, mixed = program.buffer(40), program.buffer(8 * dim), program.buffer(width)
+            branch, gated = program.buffer(40), program.buffer(20)
+            program.norm(program.input, norms[0], 1e-6, normal)
+            program.product(normal, qkv, None, heads)
+            program.norm_parts(heads, 0, 4, norms[1], 1e-6)
+            program.turn(heads, 6, dim, dim // 2)
+            program.attend(heads, 4, 2, dim, mixed, group=0, scale=0.3, softcap=2.0)
+            program.product(mixed, out, bias, branch)
+            program.add(None, branch, 0.5)
+            program.add_norm(program.input, branch, norms[2], 1e-6, normal)
+            program.add(normal, branch)
+            program.gate(branch, gated)
+            whole_pools = pools.clone()
+            got = program.run(x, gated, Past([plan], Pools(whole_pools[:2].unbind(), [0])), turn)
+
+            y = qkv.product(rms_norm(x, norms[0], 1e-6)).view(tokens, 8, dim)
+            assert norm_heads(y[:, :4], norms[1], 1e-6)
+            rotated = rotate(y[:, :6], *turn)
+            some = plan.attend(rotated[:, :4], rotated[:, 4:], y[:, 6:], pools[0], pools[1], 0.3, 2.0)
+            total, normed = add_rms_norm(x, out.product(some, bias).mul_(0.5), norms[2], 1e-6)
+            assert torch.equal(got, silu_gate(total.add_(normed)))
+            assert torch.equal(whole_pools, pools)
+    finally:
+        torch.set_num_threads(before)
+
+
+def form(outputs: int, inputs: int, bytewise: bool) -> PackedWeight | PackedCodes:
+    if not bytewise:
+        return weight(outputs, inputs)
+    made = PackedCodes(outputs, inputs, None, inputs)
+    made.write(0, torch.randint(0, 256, (outputs, inputs), dtype=torch.uint8), torch.rand(outputs, 1) / 64)
+    return made
+
+
+def weight(outputs: int, inputs: int) -> PackedWeight:
+    made = torch.randn(outputs, inputs).bfloat16()
+    return PackedWeight(made)
+
+
+def test_what_does_not_fit_a_program() -> None:
+    program = Program(64, torch.bfloat16)
+    wide, narrow = program.buffer(96), program.buffer(64)
+    norm = torch.ones(64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="differ"):
+        program.norm(program.input, norm, 1e-6, wide)
+    with pytest.raises(ValueError, match="none of"):
+        program.norm(program.input, norm.float(), 1e-6, narrow)
+    with pytest.raises(ValueError, match="cannot be written"):
+        program.norm(narrow, norm, 1e-6, program.input)
+    with pytest.raises(ValueError, match="gives no 64 of 64"):
+        program.product(program.input, weight(96, 64), None, narrow)
+    with pytest.raises(ValueError, match="none of"):
+        program.product(program.input, weight(96, 64), torch.zeros(95, dtype=torch.bfloat16), wide)
+    with pytest.raises(ValueError, match="are not 96 and 64 numbers"):
+        program.attend(wide, 4, 2, 16, narrow, group=0, scale=1.0)
+    with pytest.raises(ValueError, match="cannot be turned"):
+        program.turn(narrow, 4, 16, 18)
+    with pytest.raises(ValueError, match="not twice"):
+        program.gate(wide, narrow)
+    with pytest.raises(ValueError, match="are not in 64"):
+        program.norm_parts(narrow, 16, 4, torch.ones(16, dtype=torch.bfloat16), 1e-6)
+    with pytest.raises(ValueError, match="no programs for"):
+        Program(64, torch.float16)
+    codes = PackedCodes(64, 64, torch.arange(16.0), 64)
+    other = Program(64, torch.float32)
+    out = other.buffer(64)
+    with pytest.raises(ValueError, match=r"takes no torch\.float32"):
+        other.product(other.input, codes, None, out)
