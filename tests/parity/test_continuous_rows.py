@@ -11,6 +11,7 @@ import torch
 import transformers
 from architectures import ARCHITECTURES
 from families import make_model
+from shells import Masked, Plain, Tuples
 from torch import Tensor, nn
 
 import unspool
@@ -46,7 +47,8 @@ SETTINGS: list[dict[str, Any]] = [
 def alone(model: Any, text: list[int], one: dict[str, Any]) -> list[int]:
     """What `generate()` makes of one prompt."""
     made: list[int] = model.generate(torch.tensor([text]), **one)[0].tolist()
-    return made[1:] if model.config.is_encoder_decoder else made[len(text) :]
+    encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return made[1:] if encoder else made[len(text) :]
 
 
 def staggered(manager: Any, texts: list[list[int]], settings: list[dict[str, Any]]) -> list[GenerationOutput]:
@@ -69,7 +71,7 @@ def check_given_back(manager: Any) -> None:
     assert [pool.free for pool in store.blocks] == [pool.count for pool in store.blocks]
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "mamba", "bloom"])
+@pytest.mark.parametrize("name", ["t5", "bart", "mamba", "bloom", "falcon_h1"])
 def test_requests_are_as_by_themselves(name: str) -> None:
     """Of every kind, coming at different steps; in chunks, and put back for want of room, too."""
     model = unspool.wrap(architecture(name))
@@ -88,6 +90,86 @@ def test_requests_are_as_by_themselves(name: str) -> None:
             assert output.generated_tokens == tokens[: len(output.generated_tokens)]
             assert len(output.generated_tokens) == len(tokens) or output.finish_reason == "stop"
         check_given_back(manager)
+
+
+class Counted:
+    """How many rows each forward of a module is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.rows: list[int] = []
+        module.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
+        self.rows.append(ids.shape[0])
+
+
+def in_company(model: Any, counted: Counted, **config: Any) -> tuple[list[GenerationOutput], list[int]]:
+    """Three requests that begin two steps after each other, and how many rows each forward had."""
+    manager = model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(**config))
+    staggered(manager, prompts(4, 5), [{"max_new_tokens": 6}] * 2)  # the module is looked at first
+    counted.rows.clear()
+    outputs = staggered(manager, prompts(9, 3, 6), [{"max_new_tokens": 12, "eos_token_id": None}] * 3)
+    check_given_back(manager)
+    return outputs, counted.rows
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom", "mamba", "t5", "bart", "masked", "tuples", "plain"])
+def test_one_forward_serves_all_rows(name: str) -> None:
+    """Those that can be padded join at once; BART and a forward of ids alone take rows of one length together."""
+    shells: dict[str, type[nn.Module]] = {"masked": Masked, "tuples": Tuples, "plain": Plain}
+    inner = make_model("mistral") if name == "mistral" else None
+    module = inner or (shells[name](make_model("llama")) if name in shells else architecture(name))
+    model = unspool.wrap(module)
+    counted = Counted(module)  # hooks make modules run in rows, which could run otherwise
+    outputs, rows = in_company(model, counted)
+    equal = name in ("bart", "plain")
+    assert max(rows) == (1 if equal else 3)
+    if not equal:
+        assert len(rows) == 16 + 2
+    for text, output in zip(prompts(9, 3, 6), outputs, strict=True):
+        tokens = alone(model, text, {"max_new_tokens": 12, "eos_token_id": None})
+        assert output.generated_tokens == tokens
+    outputs, rows = in_company(model, counted, deterministic=True)
+    assert max(rows) == 1
+    for output in outputs:
+        tokens = alone(model, output.prompt_ids, {"max_new_tokens": 12, "eos_token_id": None})
+        assert output.generated_tokens == tokens
+
+
+@pytest.mark.parametrize("name", ["bart", "plain"])
+def test_rows_of_one_length_share_a_forward(name: str) -> None:
+    """Beams, and requests that begin together."""
+    module = architecture(name) if name == "bart" else Plain(make_model("llama"))
+    model, counted = unspool.wrap(module), Counted(module)
+    texts = prompts(6, 6)
+    found = model.generate_batch(texts, max_new_tokens=7, eos_token_id=None, num_beams=3)
+    assert 6 in counted.rows
+    for text, output in zip(texts, found.values(), strict=True):
+        assert output.generated_tokens == alone(
+            model, text, {"max_new_tokens": 7, "eos_token_id": None, "num_beams": 3}
+        )
+
+
+def test_a_forward_that_fails_for_many_is_done_again_for_each() -> None:
+    module = architecture("bloom")
+    model, texts = unspool.wrap(module), prompts(5, 7, 4)
+    settings = {"max_new_tokens": 8, "eos_token_id": None}
+    expected = [alone(model, text, settings) for text in texts]
+    tokens = [token for one in (expected[0], expected[2]) for token in one]
+    fatal = next(i for i, token in enumerate(expected[1]) if i > 2 and token not in tokens)
+
+    def refuses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if bool((kwargs["input_ids"] == expected[1][fatal]).any()):
+            raise RuntimeError("not this one")
+
+    module.register_forward_pre_hook(refuses, with_kwargs=True)
+    manager = model.init_continuous_batching()
+    outputs = staggered(manager, texts, [settings] * 3)
+    assert "not this one" in outputs[1].error
+    assert outputs[1].generated_tokens == expected[1][: fatal + 1]
+    assert [outputs[0].generated_tokens, outputs[2].generated_tokens] == [expected[0], expected[2]]
+    check_given_back(manager)
 
 
 def test_rows_put_back_are_computed_again() -> None:

@@ -1,4 +1,5 @@
-"""Whether a foreign module can run ragged: found out by comparing a few tokens with the module's own path, once.
+"""What a foreign module can do, found out by comparing a few tokens with its own path, once: run ragged, or, in rows,
+be fed rows together that came at different times.
 
 Nothing is told by names. What a module declares about itself can only spare the comparison where it would not see the
 difference (a hook that looks at inputs, angles that depend on the longest row).
@@ -21,13 +22,15 @@ from unspool.bridge.module import Foreign
 from unspool.bridge.ragged import RaggedModel, Shape, look
 from unspool.cache.arrange import layer_kinds
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
+from unspool.config import resolve
 from unspool.decode.loop import Loop
+from unspool.decode.opened import Opener, OpenRow, Together
 from unspool.decode.plan import StaticScheduler
 from unspool.decode.runner import PagedRunner, Runner
-from unspool.decode.sequence import Choice, Group, Sequence
+from unspool.decode.sequence import Choice, Group, Sequence, Work
 from unspool.errors import Unsupported
 
-__all__ = ["OwnPath", "Verdict", "judge"]
+__all__ = ["Company", "OwnPath", "Verdict", "judge", "judge_together"]
 
 OwnPath: TypeAlias = Callable[[Tensor, Tensor, int], tuple[list[Sequence], Runner]]
 """From ids, their mask and how many tokens follow: rows, and what runs them in the module's own way."""
@@ -65,8 +68,22 @@ class Verdict:
     reason: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Company:
+    """With which others a row of a module may be fed in one forward.
+
+    Attributes:
+        lengths: of which lengths.
+        reason: why not of any; `None` where of any.
+    """
+
+    lengths: Together
+    reason: str | None
+
+
 _State: TypeAlias = tuple[Any, ...]
 _found: WeakKeyDictionary[nn.Module, tuple[_State, Verdict]] = WeakKeyDictionary()
+_together: WeakKeyDictionary[nn.Module, tuple[_State, Company]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
@@ -93,6 +110,86 @@ def judge(foreign: Foreign, own: OwnPath) -> Verdict:
         return known[1]
 
 
+def judge_together(foreign: Foreign, opener: Opener) -> Company:
+    """Which rows of a module that runs in rows can be fed together; remembered likewise.
+
+    Args:
+        foreign: the module.
+        opener: opens and feeds its rows.
+    """
+    state, _ = _state(foreign)
+    with _lock:
+        known = _together.get(foreign.module)
+        if known is None or known[0] != state:
+            known = _together[foreign.module] = state, _try_together(foreign, opener)
+        return known[1]
+
+
+def _try_together(foreign: Foreign, opener: Opener) -> Company:
+    dtype = next((one.dtype for one in foreign.module.parameters() if one.is_floating_point()), torch.float32)
+    bound = _TOLERANCE.get(dtype, 1e-3)
+    devices = [foreign.device] if foreign.device.type == "cuda" else []
+    lengths: Together = "none"
+    reason = None
+    for tried in ("equal", "any"):
+        reason = _depends_on_longest(foreign) if tried == "any" else None
+        if reason is not None:
+            break
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                distance = _together_and_alone(foreign, opener, tried == "any")
+        except Exception as error:
+            reason = f"its rows cannot be put together: {error!r}"
+            break
+        if not distance <= bound:
+            reason = f"its logits for rows put together are not its own (they differ by {distance:.2g})"
+            break
+        lengths = "any" if tried == "any" else "equal"
+        bound = min(bound, max(4 * distance, bound / 8))  # a place counted wrongly may show little more than rounding
+    return Company(lengths, reason)
+
+
+def _together_and_alone(foreign: Foreign, opener: Opener, any_length: bool) -> float:
+    """How far logits of rows that join, leave and come back are from those of the same rows by themselves."""
+    vocab = int(foreign.entry("vocab_size") or 0) or 64
+    try:
+        windows = [window for _, window, _ in layer_kinds(foreign.text_config) if window and window <= _LONGEST]
+    except (ValueError, Unsupported):
+        windows = []
+    prefix = opener.prefix(resolve({}, None, getattr(foreign.module, "generation_config", None)).config)
+    long = max(8, min(max(windows, default=0) + 7, opener.spec.max_positions - 12))
+    lengths = (long, 3, 5) if any_length or prefix is not None else (long, long, long)
+    texts = [[_some_ids(vocab, length), _some_ids(vocab, length)[::-1]][i % 2] for i, length in enumerate(lengths)]
+    steps = ([0], [1, 0], [0, 1], [2, 0], [1], [2, 1, 0]) if any_length else ([1, 0, 2], [0, 1, 2], [2, 0], [0])
+    after = [_some_ids(vocab, len(steps)), _some_ids(vocab, len(steps))[::-1], [_some_ids(vocab, 1)[0]] * len(steps)]
+
+    def begin() -> tuple[list[OpenRow], list[Work], list[list[Tensor]]]:
+        forced = _Forced([])
+        seqs = [
+            Sequence(0, list(text)) if prefix is None else Sequence(0, list(prefix), encoded=list(text))
+            for text in texts
+        ]
+        work = [Work(seq, 1, 1, Group([seq], forced, forced)) for seq in seqs]
+        rows = [opener.open(seq) for seq in seqs]
+        return rows, work, [[row.feed(item)] for row, item in zip(rows, work, strict=True)]
+
+    rows, work, expected = begin()
+    for which, (row, item) in enumerate(zip(rows, work, strict=True)):
+        for step in range(sum(which in some for some in steps)):
+            item.seq.tokens.append(after[which][step])
+            expected[which].append(row.feed(item))
+    rows, work, found = begin()
+    for some in steps:
+        for which in some:
+            work[which].seq.tokens.append(after[which][len(found[which]) - 1])
+        lines = opener.feed([rows[which] for which in some], [work[which] for which in some])
+        for which, line in zip(some, lines, strict=True):
+            found[which].append(line[None])
+    return max(
+        _distance(torch.cat(one).float(), torch.cat(other).float()) for one, other in zip(found, expected, strict=True)
+    )
+
+
 def _declared(foreign: Foreign) -> str | None:
     """What a module says of itself that settles it; cheap, since it is asked in every call."""
     module = foreign.module
@@ -116,6 +213,10 @@ def _declared(foreign: Foreign) -> str | None:
     states = _states(foreign)
     if states:
         return f"its {', '.join(states)} layers carry a state from token to token"
+    return _depends_on_longest(foreign)
+
+
+def _depends_on_longest(foreign: Foreign) -> str | None:
     rope = foreign.entry("rope_parameters")
     for one in (rope, *rope.values()) if isinstance(rope, dict) else ():
         if isinstance(one, dict) and one.get("rope_type") in ("dynamic", "longrope"):

@@ -202,6 +202,11 @@ class RowsRunner:
         return other
 
     @property
+    def ids(self) -> Tensor:
+        """`[rows, columns]` what was fed."""
+        return self._ids
+
+    @property
     def past(self) -> Any:
         """The module's past, to be handed back."""
         return next((self.inputs[name] for name in CACHE_NAMES if self.inputs.get(name) is not None), None)

@@ -52,7 +52,7 @@ def make_engine(
     runner: Runner
     if isinstance(model, Opener):
         store: PagedStore = (ledger := make_ledger(model, config, places))
-        runner = opened = OpenedRunner(model, ledger)
+        runner = opened = OpenedRunner(model, ledger, alone=deterministic)
         swap, fault = None, opened.fault
     else:
         store = make_store(model, config, places, budget, wanted)

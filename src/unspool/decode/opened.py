@@ -1,9 +1,10 @@
-"""Rows that are computed each by itself, by a module that keeps its past in its own way; the store only counts."""
+"""Rows that begin each by itself, of a module that keeps its past in its own way; the store only counts."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Items
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from unspool.decode.sequence import Sequence, Want, Work
 from unspool.models.adapters import Adapters
 from unspool.models.base import ModelSpec
 
-__all__ = ["Ledger", "OpenRow", "OpenedRunner", "Opener"]
+__all__ = ["Ledger", "OpenRow", "OpenedRunner", "Opener", "Together"]
+
+
+Together: TypeAlias = Literal["any", "equal", "none"]
+"""Rows that can be fed in one forward: of any lengths, of one length, or only one."""
 
 
 class OpenRow(ABC):
@@ -32,7 +37,7 @@ class OpenRow(ABC):
 
 
 class Opener(ABC):
-    """A module that computes rows each by itself, as front ends know it.
+    """A module that opens rows each by itself, as front ends know it.
 
     Attributes:
         spec: its shape; it has no layer groups, since nothing of it is in a store of ours.
@@ -51,6 +56,15 @@ class Opener(ABC):
     @abstractmethod
     def open(self, row: Sequence) -> OpenRow:
         """Make a row ready to be fed all the tokens it has."""
+
+    @property
+    @abstractmethod
+    def together(self) -> Together:
+        """Which open rows can be fed in one forward, with what they get by themselves but for rounding."""
+
+    @abstractmethod
+    def feed(self, rows: list[OpenRow], work: list[Work]) -> Tensor:
+        """Feed each of some open rows its next token, in one forward; logits `[rows, vocab]`."""
 
 
 class Ledger(PagedStore):
@@ -76,41 +90,62 @@ class Ledger(PagedStore):
 class OpenedRunner:
     """See `decode.runner.Runner`.
 
-    A row is opened when it first chooses, with all its tokens; chunks of a prompt before that are only counted. What a
-    row gets is the same bits whatever else is in the step. One whose computing raises gets NaN for logits, so that it
-    fails alone.
+    A row is opened when it first chooses, with all its tokens; chunks of a prompt before that are only counted. Open
+    rows are fed together, where the module allows it. One whose computing raises gets NaN for logits, so that it fails
+    alone.
 
     Args:
         model: opens rows.
         ledger: knows which are open.
+        alone: feed each row by itself, so that what it gets is the same bits whatever else is in the step.
     """
 
-    def __init__(self, model: Opener, ledger: Ledger) -> None:
+    def __init__(self, model: Opener, ledger: Ledger, *, alone: bool = False) -> None:
         self._model = model
         self._ledger = ledger
+        self._alone = alone
         self._width: int | None = None
 
     def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`; nothing besides logits can be had."""
-        found: list[Tensor | None] = []
+        kept = [item for item in work if item.keep]
+        found = self._feed_together(kept)
         error: Exception | None = None
         begun: dict[tuple[int, ...], tuple[Sequence, Tensor]] = {}  # rows of one group that were opened in this step
-        for item in work:
-            if not item.keep:
+        for item in kept:
+            if item.seq in found:
                 continue
             try:
-                found.append(self._feed(item, begun))
+                found[item.seq] = self._feed(item, begun)
             except Exception as raised:
                 error = raised
                 self._ledger.faults[item.seq] = f"its forward raised {raised!r}"
-                found.append(None)
-        self._width = next((one.shape[1] for one in found if one is not None), self._width)
+        self._width = next((one.shape[1] for one in found.values()), self._width)
         if error is not None and self._width is None:
             raise error
-        width = self._width or 0
-        lost = torch.full((1, width), float("nan"), device=self._model.device)
-        parts = [lost if one is None else one for one in found]
+        lost = torch.full((1, self._width or 0), float("nan"), device=self._model.device)
+        parts = [found.get(item.seq, lost) for item in kept]
         return Output(torch.cat(parts) if parts else lost[:0], [], [])
+
+    def _feed_together(self, work: list[Work]) -> dict[Sequence, Tensor]:
+        """Logits of the rows that are open, where they can be fed in one forward."""
+        opened = self._ledger.opened
+        ready = [item for item in work if item.seq in opened]
+        if self._alone or len(ready) < 2 or self._model.together == "none":
+            return {}
+        parts: dict[int, list[Work]] = {}
+        for item in ready:
+            parts.setdefault(item.seq.known if self._model.together == "equal" else 0, []).append(item)
+        found: dict[Sequence, Tensor] = {}
+        for part in parts.values():
+            try:
+                logits = self._model.feed([opened[item.seq] for item in part], part)
+            except Exception:  # each is opened again, and the one whose fault it was is found
+                for item in part:
+                    del opened[item.seq]
+            else:
+                found |= {item.seq: line[None] for item, line in zip(part, logits, strict=True)}
+        return found
 
     def _feed(self, item: Work, begun: dict[tuple[int, ...], tuple[Sequence, Tensor]]) -> Tensor:
         """Logits of what follows one row; rows that begin with the same tokens, as beams do, are opened once."""

@@ -1,13 +1,18 @@
-"""A foreign module that runs in rows, one row at a time: for rows that come and go."""
+"""A foreign module that runs in rows, for rows that come and go: opened one by one, and fed together."""
 
 from __future__ import annotations
+
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from unspool.bridge.cohort import Cohort, Member, feed_together
+from unspool.bridge.probe import judge_together
 from unspool.bridge.rows import RowsRunner
 from unspool.config import GenerationConfig, resolve
-from unspool.decode.opened import Opener, OpenRow
+from unspool.decode.opened import Opener, OpenRow, Together
 from unspool.decode.sequence import Sequence, Want, Work
 from unspool.errors import Unsupported
 from unspool.generate.foreign import ForeignSource
@@ -51,7 +56,7 @@ class RowsModel(Opener):
         tokens: list[int] = ids[0].tolist()
         return tokens
 
-    def open(self, row: Sequence) -> OpenRow:
+    def open(self, row: Sequence) -> _Row:
         """See `Opener`; runs the encoder, where there is one."""
         config = resolve({}, None, getattr(self.foreign.module, "generation_config", None)).config
         config.use_cache, config.cache_implementation = True, None
@@ -69,21 +74,36 @@ class RowsModel(Opener):
         assert isinstance(runner, RowsRunner)
         return _Row(runner, own)
 
+    @cached_property
+    def together(self) -> Together:
+        """See `Opener`."""
+        return judge_together(self.foreign, self).lengths
+
+    def feed(self, rows: list[OpenRow], work: list[Work]) -> Tensor:
+        """See `Opener`."""
+        mine = [cast(_Row, row) for row in rows]
+        tokens = [row.take(item) for row, item in zip(mine, work, strict=True)]
+        return feed_together([row.member() for row in mine], tokens)
+
 
 class _Row(OpenRow):
-    """See `OpenRow`: a rectangle of one row.
+    """See `OpenRow`: a rectangle of one row, and later a member of a rectangle of many.
 
     Args:
-        runner: of that rectangle.
-        row: its row, which has the tokens of the request's one.
+        runner: of its own rectangle; `None` once it is a member.
+        row: its row there, which has the tokens of the request's one.
+        member: among rows that are fed together.
     """
 
-    def __init__(self, runner: RowsRunner, row: Sequence) -> None:
+    def __init__(self, runner: RowsRunner | None, row: Sequence, member: Member | None = None) -> None:
         self._runner = runner
         self._row = row
+        self._member = member
 
     def feed(self, item: Work) -> Tensor:
         """See `OpenRow`."""
+        if self._runner is None:
+            return feed_together([self.member()], [self.take(item)])
         row = self._row
         row.tokens = item.seq.tokens
         logits = self._runner.run([Work(row, len(row.tokens) - row.computed, 1, item.group)], Want()).logits
@@ -92,7 +112,25 @@ class _Row(OpenRow):
         row.computed = len(row.tokens)
         return logits
 
+    def take(self, item: Work) -> int:
+        """The token that is to be fed next, which then counts as computed."""
+        row = self._row
+        row.tokens = item.seq.tokens
+        assert row.computed == len(row.tokens) - 1, "an open row is fed one token a step"
+        row.computed += 1
+        return row.tokens[-1]
+
+    def member(self) -> Member:
+        """The row among others."""
+        if self._member is None:
+            assert self._runner is not None
+            self._member, self._runner = Member(Cohort.of(self._runner), 0), None
+        return self._member
+
     def fork(self) -> OpenRow:
         """See `OpenRow`."""
         row = Sequence(0, self._row.tokens, computed=self._row.computed)
+        if self._member is not None:
+            return _Row(None, row, self._member.fork())
+        assert self._runner is not None
         return _Row(self._runner.copy([row]), row)
