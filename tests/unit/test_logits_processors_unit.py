@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import unspool.logits as logits
+from unspool.logits.ops import greatest
 from unspool.logits.warpers import TopKTopPLogitsWarper
 
 IDS = torch.tensor([[1, 2]])
@@ -71,6 +72,15 @@ def test_refused_when_called() -> None:
         logits.EncoderNoRepeatNGramLogitsProcessor(1, torch.ones(2, 2, dtype=torch.long))(IDS, SCORES)
     with pytest.raises(NotImplementedError):
         logits.LogitsProcessor()(IDS, SCORES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_greatest_score_is_the_first_of_equal_ones(dtype: torch.dtype) -> None:
+    scores = torch.randint(0, 9, (64, 300), generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[3, :-1] = -torch.inf
+    assert greatest(scores).tolist() == [row.index(max(row)) for row in scores.tolist()]
+    scores[5, 7], scores[9], scores[11] = torch.nan, torch.nan, -torch.inf
+    assert [i for i, place in enumerate(greatest(scores).tolist()) if place < 0] == [5, 9, 11]
 
 
 def test_temperature_zero_names_the_way_out() -> None:

@@ -22,6 +22,7 @@ from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.decode.tops import told_logprobs
 from unspool.errors import NonFiniteLogits, RequestFailed
 from unspool.logits import run_column
+from unspool.logits.ops import greatest
 
 __all__ = ["PlainRows", "log_probabilities"]
 
@@ -150,14 +151,13 @@ class PlainRows:
             ratio = scores.softmax(dim=-1).div_(self._noise(kin.states, scores.shape[1]))
             tokens = ratio.argmax(dim=-1)
             value = ratio.gather(1, tokens[:, None])[:, 0]
-            fine = value.isfinite() & (value > 0)
+            tokens = tokens.where(value.isfinite() & (value > 0), -1)
         else:
-            tokens = scores.argmax(dim=-1)
-            fine = scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
+            tokens = greatest(scores)
         told = None
         if first.top_logprobs is not None:
-            told = log_probabilities([state.wishes for state in kin.states], scores, tokens)
-        return tokens.where(fine, -1), told, {}
+            told = log_probabilities([state.wishes for state in kin.states], scores, tokens.clamp_min(0))
+        return tokens, told, {}
 
     def _process(self, states: list[RequestState], scores: Tensor) -> Tensor:
         first = states[0].wishes

@@ -17,6 +17,7 @@ from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.sequence import Choice, Sequence
 from unspool.logits import LogitsProcessorList
 from unspool.logits.guidance import GuidanceLogitsProcessor
+from unspool.logits.ops import greatest
 
 Proposals = Callable[[Sequence], Tensor | None]
 """The distributions `[draft, vocab]` that a row's draft was drawn from; `None` where it was not drawn."""
@@ -121,14 +122,13 @@ class RaggedChooser:
     def _independent(self, scores: Tensor, rows: Items[Sequence]) -> list[list[int]]:
         """What each position of each row would choose, -1 where there is nothing to choose."""
         if self._noise is None:
-            value, tokens = scores.max(dim=-1)
-            fine = value > -torch.inf
+            tokens = greatest(scores)
         else:
             ratio = scores.softmax(dim=-1).div_(self._noise.ahead(rows, scores.shape[1]))
             tokens = ratio.argmax(dim=-1)
             value = ratio.gather(1, tokens[:, None])[:, 0]
-            fine = value.isfinite() & (value > 0)
-        flat: list[int] = tokens.where(fine, -1).tolist()
+            tokens = tokens.where(value.isfinite() & (value > 0), -1)
+        flat: list[int] = tokens.tolist()
         ends = [0]
         for row in rows:
             ends.append(ends[-1] + 1 + len(row.draft))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unspool.decode.sequence import Choice, Sequence
 from unspool.logits import LogitsProcessorList
+from unspool.logits.ops import greatest
 
 Noise = Callable[[Items[Sequence], int], Tensor]
 """`(rows, vocab) -> [rows, vocab]` of exponential noise."""
@@ -151,8 +152,9 @@ class SampleChooser:
             ids = self.history.ids(places)
             scores = self._process(ids, scores) if places is None else self._process.on_rows(ids, scores, places)
         if self._noise is None:
-            value, tokens = scores.max(dim=-1)
-            fine = value > -torch.inf  # neither NaN nor all banned
+            tokens = greatest(scores)
+            fine = tokens >= 0
+            tokens = tokens.clamp_min(0)
         else:
             ratio = scores.softmax(dim=-1).div_(self._noise(rows, scores.shape[1]))
             tokens = ratio.argmax(dim=-1)
