@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,11 +88,13 @@ def model_drafter(
         for _ in range(2)
     )
     drawn = isinstance(noise, GlobalNoise) or config.assistant_ensemble_weight is not None
+    rules = draft_rules(config, draft.config, eos)
+    weighed = drawn or rules.confidence > 0
     chooser: Chooser = RaggedChooser(
         Columns(columns.to(draft.device), [len(row.tokens) for row in rows]),
         processors or None,
         noise,
-        keep_scores=True,
+        keep_scores=weighed,
     )
     words: Words | None = None
     if draft.tokenizers is not None:
@@ -101,8 +103,9 @@ def model_drafter(
             behind, draft_behind = (
                 int(draft_setting(config, draft.config, name)) for name in ("target_lookbehind", "assistant_lookbehind")
             )
-            words, eos = SameText(len(mirrors), ours, theirs, behind, draft_behind), frozenset(end_tokens(draft.config))
-            chooser = RaggedChooser(Columns(columns, []), None, None, keep_scores=True)
+            words = SameText(len(mirrors), ours, theirs, behind, draft_behind)
+            rules = replace(rules, eos=frozenset(end_tokens(draft.config)))
+            chooser = RaggedChooser(Columns(columns, []), None, None, keep_scores=weighed)
         else:
             pairs = shared_tokens(*draft.tokenizers).items()
             shared = {token: other for token, other in pairs if token < vocab and other < draft.vocab}
@@ -114,7 +117,7 @@ def model_drafter(
         draft.runner(mirrors),
         mirrors,
         chooser,
-        draft_rules(config, draft.config, eos),
+        rules,
         room,
         draft.device,
         recompute_past=draft.recompute_past,

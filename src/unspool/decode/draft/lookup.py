@@ -48,10 +48,9 @@ class Lookup:
             row.draft = self._continuation(row)[:room] if room > 0 else []
 
     def _continuation(self, row: Sequence) -> list[int]:
-        tokens = np.asarray(row.tokens)
-        for size in range(min(self._ngram, len(tokens) - 1), 0, -1):
-            for place in _places(tokens, size):
-                found: list[int] = tokens[place + size : place + size + self._tokens].tolist()
+        for ends in _ends(np.asarray(row.tokens), self._ngram):
+            for end in ends.tolist():
+                found = row.tokens[end : end + self._tokens]
                 if self._allowed is not None:
                     found = found[: self._allowed(row, found)]
                 if found:
@@ -59,11 +58,14 @@ class Lookup:
         return []
 
 
-def _places(tokens: NDArray[np.int64], size: int) -> list[int]:
-    """Where the last `size` tokens stand earlier, with something after them."""
-    last = len(tokens) - size
-    same = np.ones(last, dtype=bool)
-    for i in range(size):
-        same &= tokens[i : last + i] == tokens[last + i]
-    places: list[int] = np.flatnonzero(same).tolist()
-    return places
+def _ends(tokens: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
+    """Where n-grams end that the tokens end with and that stood earlier, by length from at most `most` down to 1."""
+    ends = np.flatnonzero(tokens[:-1] == tokens[-1:]) + 1
+    found = [ends]
+    for size in range(2, min(most, len(tokens) - 1) + 1):
+        ends = ends[ends >= size]
+        ends = ends[tokens[ends - size] == tokens[-size]]
+        if not len(ends):
+            break
+        found.append(ends)
+    return found[::-1]

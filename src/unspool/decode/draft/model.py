@@ -22,7 +22,8 @@ class ModelDrafter:
     Args:
         runner: the draft model's, with room for `mirrors`.
         mirrors: one row for each row of the call, with its number; it gets the tokens that say what the row says.
-        chooser: decides the mirrors' tokens, as the rows' own are decided; keeps its scores.
+        chooser: decides the mirrors' tokens, as the rows' own are decided; keeps its scores
+            where the rules weigh them, or distributions are kept.
         rules: how much to draft.
         room: `row -> most tokens it may still get`.
         device: the draft model's.
@@ -110,13 +111,11 @@ class ModelDrafter:
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """Take one step's tokens of the draft model; see `Sink`."""
-        assert choice.scores is not None
-        confidence, sure, distributions = self._rules.confidence, None, choice.scores
+        confidence, sure = self._rules.confidence, None
+        distributions = None if choice.scores is None else choice.scores.softmax(dim=-1)
         if confidence > 0:
-            distributions = choice.scores.softmax(dim=-1)
+            assert distributions is not None
             sure = (distributions.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0] >= confidence).tolist()
-        elif self._distributions is not None:
-            distributions = choice.scores.softmax(dim=-1)
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
                 row.finish = "stop"
@@ -125,6 +124,7 @@ class ModelDrafter:
             drafted.append(token)
             row.tokens.append(self._words.take(row.row, token))
             if self._distributions is not None:
+                assert distributions is not None
                 self._distributions[row.row].append(distributions[i])
             full = len(drafted) >= self._limits[row.row]
             if full or token in self._rules.eos or (sure is not None and not sure[i]):
