@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unspool.continuous.requests import RequestState, Wishes
-from unspool.decode.choose.sample import SeededNoise
+from unspool.decode.choose.noise import SeededNoise
 from unspool.decode.opened import Opener
 from unspool.decode.runner import Decoder
 from unspool.decode.sequence import Group, Sequence

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
 from unspool.config import GenerationConfig
 from unspool.continuous.apart import Apart
-from unspool.decode.choose.sample import SeededNoise
+from unspool.decode.choose.noise import SeededNoise
 from unspool.decode.draft.assistant import DraftModel, model_drafter
 from unspool.decode.draft.layers import FirstLayers
 from unspool.decode.draft.lookup import Lookup

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from unspool.continuous.history import History
 from unspool.continuous.requests import RequestState, Wishes
-from unspool.decode.choose.sample import key
+from unspool.decode.choose.noise import key
 from unspool.decode.sequence import Choice, Group, Sequence
 from unspool.decode.tops import told_logprobs
 from unspool.errors import NonFiniteLogits, RequestFailed
+from unspool.kernels.draw import draw_seeded
 from unspool.logits import run_column
 from unspool.logits.ops import greatest
 
@@ -148,10 +149,8 @@ class PlainRows:
                 raise  # not the request's own code
             return torch.full((1,), -1, device=scores.device), None, {kin.places[0]: error}
         if first.config.do_sample:
-            ratio = scores.softmax(dim=-1).div_(self._noise(kin.states, scores.shape[1]))
-            tokens = ratio.argmax(dim=-1)
-            value = ratio.gather(1, tokens[:, None])[:, 0]
-            tokens = tokens.where(value.isfinite() & (value > 0), -1)
+            keys = [key(one.wishes.seed, one.wishes.sample, one.rows[0].known) for one in kin.states]
+            tokens = draw_seeded(scores.softmax(dim=-1), keys, self._generator)
         else:
             tokens = greatest(scores)
         told = None
@@ -175,15 +174,6 @@ class PlainRows:
             step = column[0]
             scores = run_column(step.kind, step.static, [one.value for one in column], scores, widths, ids)
         return scores
-
-    def _noise(self, states: list[RequestState], vocab: int) -> Tensor:
-        """Exponential noise `[rows, vocab]`, keyed by seed, sample and position, as `SeededNoise` draws it."""
-        noise = torch.empty(len(states), vocab, device=self._device)
-        for state, out in zip(states, noise, strict=True):
-            wishes = state.wishes
-            self._generator.manual_seed(key(wishes.seed, wishes.sample, state.rows[0].known))
-            out.exponential_(1, generator=self._generator)
-        return noise
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """See `Sink`. A row that has no token to choose, or whose criterion raises, fails alone."""

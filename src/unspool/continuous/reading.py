@@ -22,7 +22,7 @@ from unspool.config.resolve import as_generation_config
 from unspool.config.unknown import no_use_for
 from unspool.continuous.modes import BEAMS
 from unspool.continuous.requests import Wishes
-from unspool.decode.choose.sample import key
+from unspool.decode.choose.noise import key
 from unspool.decode.draft.vocabularies import read_tokenizers
 from unspool.decode.healing import heal_tokens
 from unspool.decode.opened import Opener

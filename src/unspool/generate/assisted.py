@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unspool.config.checks import STATIC_CACHES
 from unspool.config.notice import warn_once
+from unspool.decode.choose.noise import GlobalNoise, Noise
 from unspool.decode.choose.ragged import Columns, RaggedChooser
-from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.draft.assistant import DraftModel, model_drafter
 from unspool.decode.draft.lookup import Lookup
 from unspool.decode.draft.model import ModelDrafter
@@ -194,7 +194,7 @@ def _drafter(
     rows: list[Sequence],
     columns: Columns,
     room: Callable[[Sequence], int],
-    noise: GlobalNoise | SeededNoise | None,
+    noise: Noise | None,
 ) -> Drafter:
     """What drafts: the model's own first layers, the text so far, or the assistant, in transformers' precedence."""
     config = call.config
@@ -226,7 +226,7 @@ def _model_drafter(
     assistant: Assistant,
     rows: list[Sequence],
     room: Callable[[Sequence], int],
-    noise: GlobalNoise | SeededNoise | None,
+    noise: Noise | None,
 ) -> ModelDrafter:
     backend, own = assistant.backend, assistant is call.assistant
     draft = DraftModel(

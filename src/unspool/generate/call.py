@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unspool.config import GenerationConfig, GenerationMode
 from unspool.config.mode import mode_of
-from unspool.decode.choose.sample import GlobalNoise, SeededNoise
+from unspool.decode.choose.noise import GlobalNoise, Noise, SeededNoise
 from unspool.decode.runner import Runner
 from unspool.decode.sequence import Group, Sequence
 from unspool.decode.tops import Tops
@@ -250,7 +250,7 @@ class Call:
             return None
         return [rows[i - i % copies] for i in range(len(rows))]
 
-    def noise(self) -> GlobalNoise | SeededNoise | None:
+    def noise(self) -> Noise | None:
         """Where sampling noise comes from; `None` when nothing is drawn."""
         if not self.config.do_sample:
             return None

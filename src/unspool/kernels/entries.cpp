@@ -63,4 +63,29 @@ void unspool_quantised(const QuantisedWeight* weight, const void* x, i64 stride,
     chosen->quantised(weight, x, stride, bias, y, rows, wide_x, wide_y, threads);
 }
 
+// Draws a token for each row of `probs` [.., vocab] (not negative) by noise of torch's CPU generator, whose state, as
+// `Generator.get_state` gives it, goes on by `rows` times `vocab` numbers: row i of them is for row places[i] of `probs`, or
+// for none if that is below 0, or for row i if `places` is null. A token is the place of the first largest p / e, and -1
+// where that ratio is 0, infinite or NaN. Returns 0, or 1 where the state is none that a generator could be in.
+int unspool_draw(void* generator, const float* probs, i64 vocab, const i64* places, i64 rows, i64* tokens, float* ratios) {
+    return chosen->draw(generator, probs, vocab, places, rows, tokens, ratios);
+}
+
+// The same with a new generator for each row of `probs` [rows, vocab], with the lower half of its seed.
+void unspool_draw_seeded(const float* probs, i64 rows, i64 vocab, const std::uint32_t* seeds, i64* tokens, float* ratios,
+                         int threads) {
+    chosen->draw_seeded(probs, rows, vocab, seeds, tokens, ratios, threads);
+}
+
+// `scores` [rows, width] to `out` with `filler` for those that are below the `count`-th greatest of their row. Returns 1, and nothing is to be read, where there may be a NaN.
+int unspool_keep_best(const float* scores, i64 rows, i64 width, i64 count, float filler, float* out, int threads) {
+    return chosen->keep_best(scores, rows, width, count, filler, out, threads);
+}
+
+// The `count` greatest of each row, the greatest first and of equals the first: `values` and their `places` [rows, count].
+// Returns 1, and nothing is to be read, where there may be a NaN.
+int unspool_best(const float* scores, i64 rows, i64 width, i64 count, float* values, i64* places, int threads) {
+    return chosen->best(scores, rows, width, count, values, places, threads);
+}
+
 }  // extern "C"

@@ -7,6 +7,8 @@
 #include "numbers.h"
 
 #include "attention.h"
+#include "best.h"
+#include "draw.h"
 #include "elementwise.h"
 #include "encode.h"
 #include "products.h"
@@ -14,7 +16,8 @@
 namespace unspool::UNSPOOL_LEVEL {
 
 const Kernels kernels{elementwise::rms_norm, elementwise::norm_parts, elementwise::add,  elementwise::silu_gate,
-                      elementwise::turn,     attention::attend,       encoding::encode, UNSPOOL_LINEAR,
-                      UNSPOOL_QUANTISED};
+                      elementwise::turn,     attention::attend,       encoding::encode,  UNSPOOL_LINEAR,
+                      UNSPOOL_QUANTISED,     drawing::draw,           drawing::draw_seeded,
+                      sorting::keep_best,    sorting::best};
 
 }  // namespace unspool::UNSPOOL_LEVEL

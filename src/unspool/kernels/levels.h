@@ -25,6 +25,11 @@ struct Kernels {
                    int threads);
     void (*quantised)(const QuantisedWeight* weight, const void* x, i64 stride, const void* bias, void* y, i64 rows,
                       int wide_x, int wide_y, int threads);
+    int (*draw)(void* generator, const float* probs, i64 vocab, const i64* places, i64 rows, i64* tokens, float* ratios);
+    void (*draw_seeded)(const float* probs, i64 rows, i64 vocab, const std::uint32_t* seeds, i64* tokens, float* ratios,
+                        int threads);
+    int (*keep_best)(const float* scores, i64 rows, i64 width, i64 count, float filler, float* out, int threads);
+    int (*best)(const float* scores, i64 rows, i64 width, i64 count, float* values, i64* places, int threads);
 };
 
 namespace avx2 { extern const Kernels kernels; }

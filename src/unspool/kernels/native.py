@@ -22,7 +22,7 @@ __all__ = ["active", "describe", "function", "level", "library"]
 logger = logging.getLogger(__name__)
 
 # As `unspool_interface` in native.cpp.
-_INTERFACE = 5
+_INTERFACE = 6
 # Levels of native.cpp: instructions of x86 and of ARM processors.
 _WORDS = {
     "avx2": "AVX2",
@@ -65,11 +65,16 @@ def describe() -> str:
     return _load().words
 
 
-def function(name: str, result: type[ctypes._SimpleCData[int]] | None, *arguments: type) -> ctypes._NamedFuncPointer:
-    """The C function `name` of the library, which must be there, with the types it gives and takes."""
+def function(
+    name: str, result: type[ctypes._SimpleCData[int]] | None, *arguments: type, alone: bool = False
+) -> ctypes._NamedFuncPointer:
+    """The C function `name` of the library, which must be there, with the types it gives and takes.
+
+    `alone`: no other thread of Python runs meanwhile.
+    """
     loaded = library()
     assert loaded is not None, describe()
-    found = loaded[name]
+    found = (ctypes.PyDLL(loaded._name, handle=loaded._handle) if alone else loaded)[name]
     found.restype, found.argtypes = result, arguments
     return found
 

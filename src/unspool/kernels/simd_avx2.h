@@ -75,6 +75,9 @@ UNSPOOL_TARGET inline Ints where_nan(Vec x, Ints then, Ints otherwise) {
     return (Ints)_mm256_blendv_ps((Vec)otherwise, (Vec)then, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 UNSPOOL_TARGET inline bool any_nan(Vec x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
+UNSPOOL_TARGET inline bool any_not_below(Vec a, Vec b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)) != 0;
+}
 UNSPOOL_TARGET inline Vec where_less(Vec a, Vec b, Vec then, Vec otherwise) {
     return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }

@@ -48,6 +48,7 @@ UNSPOOL_TARGET inline Ints where_nan(Vec x, Ints then, Ints otherwise) {
     return (Ints)_mm512_mask_mov_epi32((__m512i)otherwise, nan, (__m512i)then);
 }
 UNSPOOL_TARGET inline bool any_nan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
+UNSPOOL_TARGET inline bool any_not_below(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) != 0; }
 UNSPOOL_TARGET inline Vec where_less(Vec a, Vec b, Vec then, Vec otherwise) {
     return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), then);
 }

@@ -61,6 +61,7 @@ UNSPOOL_TARGET inline float greatest(Vec x) { return vmaxvq_f32(x); }
 
 UNSPOOL_TARGET inline Ints where_nan(Vec x, Ints then, Ints otherwise) { return vbslq_u32(vceqq_f32(x, x), otherwise, then); }
 UNSPOOL_TARGET inline bool any_nan(Vec x) { return vminvq_u32(vceqq_f32(x, x)) == 0; }
+UNSPOOL_TARGET inline bool any_not_below(Vec a, Vec b) { return vminvq_u32(vcltq_f32(a, b)) == 0; }
 UNSPOOL_TARGET inline Vec where_less(Vec a, Vec b, Vec then, Vec otherwise) { return vbslq_f32(vcltq_f32(a, b), then, otherwise); }
 UNSPOOL_TARGET inline Vec within(i64 low, i64 high, Vec x, Vec otherwise) {
     return vbslq_f32(vbicq_u32(lanes(high), lanes(low)), x, otherwise);

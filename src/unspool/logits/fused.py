@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unspool.kernels.best import best as best_of
 from unspool.logits.ops import NEG_INF, Parameter, top_k, top_p
 
 LANES = 64
@@ -38,7 +39,7 @@ def top_k_top_p(scores: Tensor, k: int, p: Parameter, *, min_keep: int = 1) -> T
     vocab = scores.shape[-1]
     if scores.device.type != "cpu" or scores.dtype is not torch.float32 or vocab < 8 * fetched:
         return top_p(top_k(scores, k), p, min_keep=min_keep)
-    best, index = torch.topk(scores, fetched)
+    best, index = best_of(scores, fetched) or torch.topk(scores, fetched)
     kth = best[:, k - 1 : k]
     survivors = torch.where(best >= kth, best, NEG_INF)
     removed = _outside_nucleus(survivors, vocab, p, min_keep)

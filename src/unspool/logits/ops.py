@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unspool.kernels.best import keep_best
+
 Parameter = float | Tensor
 
 NEG_INF = float("-inf")
@@ -58,6 +60,9 @@ def top_k(scores: Tensor, k: int | Tensor, *, filter_value: float = NEG_INF, lar
         kth = best.gather(-1, (k.clamp(1, bound) - 1).long().unsqueeze(-1))
         kth = kth.masked_fill((k == 0).unsqueeze(-1), NEG_INF)
     else:
+        kept = keep_best(scores, min(k, vocab), filter_value)
+        if kept is not None:
+            return kept
         kth = torch.topk(scores, min(k, vocab))[0][..., -1:]
     return torch.where(scores < kth, filter_value, scores)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unspool.decode.choose.sample import Noise
+from unspool.decode.choose.noise import Noise
 from unspool.decode.sequence import Choice, Sequence
 from unspool.logits import LogitsProcessorList
 from unspool.stopping import StoppingCriteriaList

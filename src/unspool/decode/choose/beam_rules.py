@@ -11,7 +11,7 @@ from unspool.config import GenerationConfig
 from unspool.decode.choose.beam import BeamChooser, BeamRules, Ends
 from unspool.decode.choose.constraints import Progress, read_constraints
 from unspool.decode.choose.groups import GroupBeamChooser
-from unspool.decode.choose.sample import Noise
+from unspool.decode.choose.noise import Noise
 from unspool.logits import LogitsProcessorList
 from unspool.stopping import Limits
 

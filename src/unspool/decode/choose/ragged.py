@@ -13,8 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from unspool.decode.choose.sample import GlobalNoise, SeededNoise
+from unspool.decode.choose.noise import Noise, SeededNoise
 from unspool.decode.sequence import Choice, Sequence
+from unspool.kernels.draw import draw
 from unspool.logits import LogitsProcessorList
 from unspool.logits.guidance import GuidanceLogitsProcessor
 from unspool.logits.ops import greatest
@@ -68,7 +69,7 @@ class RaggedChooser:
         self,
         columns: Columns,
         process: LogitsProcessorList | None,
-        noise: GlobalNoise | SeededNoise | None,
+        noise: Noise | None,
         *,
         guidance: GuidanceLogitsProcessor | None = None,
         proposals: Proposals | None = None,
@@ -124,10 +125,7 @@ class RaggedChooser:
         if self._noise is None:
             tokens = greatest(scores)
         else:
-            ratio = scores.softmax(dim=-1).div_(self._noise.ahead(rows, scores.shape[1]))
-            tokens = ratio.argmax(dim=-1)
-            value = ratio.gather(1, tokens[:, None])[:, 0]
-            tokens = tokens.where(value.isfinite() & (value > 0), -1)
+            tokens = self._noise.draw_ahead(scores.softmax(dim=-1), rows)
         flat: list[int] = tokens.tolist()
         ends = [0]
         for row in rows:
@@ -153,10 +151,9 @@ class RaggedChooser:
         if count < len(row.draft):
             rest = (rest - q[count]).clamp_min(0)
             total = rest.sum()
-            negligible = self._ensemble is not None and bool(total <= torch.finfo(p.dtype).tiny)
+            negligible = bool(total <= torch.finfo(p.dtype).tiny)
             rest = p[count] if negligible else rest / total
-        token = int((rest / torch.empty_like(rest).exponential_(1)).argmax())
-        return [*row.draft[:count], token]
+        return [*row.draft[:count], int(draw(rest[None]))]
 
     def _processed(self, scores: Tensor, rows: Items[Sequence], process: LogitsProcessorList) -> Tensor:
         """Run the processors on all positions, those of one width together; on all at once where no one looks at it."""

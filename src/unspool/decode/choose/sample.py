@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
 
+from unspool.decode.choose.noise import Noise
 from unspool.decode.sequence import Choice, Sequence
 from unspool.logits import LogitsProcessorList
 from unspool.logits.ops import greatest
-
-Noise = Callable[[Items[Sequence], int], Tensor]
-"""`(rows, vocab) -> [rows, vocab]` of exponential noise."""
 
 
 class Rectangle:
@@ -42,73 +40,6 @@ class Rectangle:
         else:
             self._ids[rows, self.width] = tokens
         self.width += 1
-
-
-class GlobalNoise:
-    """Draws from torch's global generator as `torch.multinomial` would for the whole rectangle.
-
-    The numbers a row gets depend on its place in the rectangle and not on which rows are still alive, so rows that
-    ended need no logits to keep `torch.manual_seed` giving transformers' text.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self._rows = rows
-        self._device = device
-
-    def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
-        """Exponential noise `[len(rows), vocab]`."""
-        noise = torch.empty(self._rows, vocab, device=self._device).exponential_(1)
-        if len(rows) == self._rows:
-            return noise
-        return noise[torch.tensor([row.row for row in rows], device=self._device)]
-
-    def ahead(self, rows: Items[Sequence], vocab: int) -> Tensor:
-        """The same for rows with drafts: `1 + len(row.draft)` rows of noise for each."""
-        return torch.empty(sum(1 + len(row.draft) for row in rows), vocab, device=self._device).exponential_(1)
-
-
-class SeededNoise:
-    """Draws from a generator keyed by (seed, sample, position): a prompt gets the same text in any company.
-
-    Args:
-        seed: the caller's.
-        samples: rows that share a prompt, side by side; a row's place among them is its sample number.
-        device: where the noise is made; each kind of device has numbers of its own.
-        first: sample number of the first of them.
-    """
-
-    def __init__(self, seed: int, samples: int, device: torch.device, first: int = 0) -> None:
-        self._seed = seed
-        self._samples = samples
-        self._first = first
-        self._generator = torch.Generator(device=device)
-
-    def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
-        """Exponential noise `[len(rows), vocab]`."""
-        return self._draw([(row, row.known) for row in rows], vocab)
-
-    def ahead(self, rows: Items[Sequence], vocab: int) -> Tensor:
-        """The same for rows with drafts: `1 + len(row.draft)` rows of noise for each."""
-        return self._draw([(row, row.known + i) for row in rows for i in range(1 + len(row.draft))], vocab)
-
-    def _draw(self, places: Items[tuple[Sequence, int]], vocab: int) -> Tensor:
-        noise = torch.empty(len(places), vocab, device=self._generator.device)
-        for (row, position), out in zip(places, noise, strict=True):
-            self._generator.manual_seed(key(self._seed, self._first + row.row % self._samples, position))
-            out.exponential_(1, generator=self._generator)
-        return noise
-
-
-def key(seed: int, sample: int, position: int) -> int:
-    """A 63-bit key from (seed, sample, position), by the splitmix64 finaliser (Steele et al., 2014)."""
-    mask = (1 << 64) - 1
-    state = seed & mask
-    for part in (sample, position):
-        state = (state + 0x9E3779B97F4A7C15 + part) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
 
 
 class SampleChooser:
@@ -152,16 +83,12 @@ class SampleChooser:
             ids = self.history.ids(places)
             scores = self._process(ids, scores) if places is None else self._process.on_rows(ids, scores, places)
         if self._noise is None:
-            tokens = greatest(scores)
-            fine = tokens >= 0
-            tokens = tokens.clamp_min(0)
+            found = greatest(scores)
         else:
-            ratio = scores.softmax(dim=-1).div_(self._noise(rows, scores.shape[1]))
-            tokens = ratio.argmax(dim=-1)
-            value = ratio.gather(1, tokens[:, None])[:, 0]
-            fine = value.isfinite() & (value > 0)
+            found = self._noise.draw(scores.softmax(dim=-1), rows)
+        tokens = found.clamp_min(0)
         ended = [row.finish is not None for row in rows]
         if any(ended):
             tokens = tokens.masked_fill(torch.tensor(ended, device=tokens.device), self.history.filler)
         self.history.append(tokens, places)
-        return Choice(tokens.where(fine, -1), scores if self._keep_scores else None, raw)
+        return Choice(tokens.where(found >= 0, -1), scores if self._keep_scores else None, raw)

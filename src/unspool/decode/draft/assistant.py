@@ -11,8 +11,8 @@ from torch import Tensor
 
 from unspool.config import GenerationConfig
 from unspool.config.lengths import end_tokens
+from unspool.decode.choose.noise import GlobalNoise, Noise
 from unspool.decode.choose.ragged import Columns, RaggedChooser
-from unspool.decode.choose.sample import GlobalNoise, SeededNoise
 from unspool.decode.draft.model import ModelDrafter
 from unspool.decode.draft.rules import draft_rules, draft_setting
 from unspool.decode.draft.vocabularies import shared_tokens, tongue
@@ -59,7 +59,7 @@ def model_drafter(
     eos: frozenset[int],
     vocab: int,
     processors: LogitsProcessorList,
-    noise: GlobalNoise | SeededNoise | None,
+    noise: Noise | None,
     room: Callable[[Sequence], int],
 ) -> ModelDrafter:
     """The drafter of `rows`, which have only their prompts.
