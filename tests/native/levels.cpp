@@ -178,6 +178,32 @@ void attention() {
     }
 }
 
+void choices() {
+    const i64 rows = 5, vocab = 3003, best = 40;
+    auto scores = draws<float>(rows * vocab), probs = scores;
+    for (float& p : probs) p = p > 0 ? p : 0;
+    std::vector<std::uint32_t> words(1264, 0);  // a generator's state
+    for (std::size_t i = 6; i < 1254; i += 2) words[i] = static_cast<std::uint32_t>((draw() + 1) * 2147483520.0f);
+    words[2] = 624, words[3] = 1, words[4] = 1;  // one of its words was read
+    std::vector<i64> tokens(rows), alone(rows), places(rows * best), order{4, -1, 0, 2, 3, 1};
+    std::vector<float> ratios(rows), kept(scores), values(rows * best);
+    if (chosen->draw(words.data(), probs.data(), vocab, order.data(), 6, tokens.data(), ratios.data())) std::exit(1);
+    print(ratios);
+    print(std::vector<float>(tokens.begin(), tokens.end()));
+    for (const std::uint32_t word : words) print(std::vector<float>{static_cast<float>(word >> 16), static_cast<float>(word & 65535)});
+    chosen->draw_seeded(probs.data(), rows, vocab, words.data() + 100, tokens.data(), ratios.data(), 3);
+    for (i64 row = 0; row < rows; row++)
+        chosen->draw_seeded(probs.data() + row * vocab, 1, vocab, words.data() + 100 + row, alone.data() + row, ratios.data() + row, 1);
+    expect_same(tokens, alone, "draws");
+    print(ratios);
+    print(std::vector<float>(tokens.begin(), tokens.end()));
+    if (chosen->keep_best(scores.data(), rows, vocab, best, -2.0f, kept.data(), 3)) std::exit(1);
+    if (chosen->best(scores.data(), rows, vocab, best, values.data(), places.data(), 3)) std::exit(1);
+    print(kept);
+    print(values);
+    print(std::vector<float>(places.begin(), places.end()));
+}
+
 }  // namespace
 
 int main(int count, char** names) {
@@ -194,6 +220,7 @@ int main(int count, char** names) {
         between<bf16>();
         attention<float>();
         attention<bf16>();
+        choices();
         return 0;
     }
     std::fprintf(stderr, "no level %s\n", names[1]);

@@ -40,7 +40,9 @@ def test_without_a_warning(compiler: str, tmp_path: Path) -> None:
         pytest.skip(f"needs {compiler}")
     quiet = ["-Wno-pass-failed"] if "clang" in compiler else ["-Wno-uninitialized"]
     environment = package_with(tmp_path, compiler, "-O3", "-Wall", "-Wextra", "-Werror", *quiet)
-    run_tests(environment, *map(str, (TESTS / f"test_kernel{name}.py" for name in ("s", "_levels", "_attention"))))
+    run_tests(
+        environment, *map(str, (TESTS / f"test_kernel{name}.py" for name in ("s", "s_draw", "_levels", "_attention")))
+    )
 
 
 def test_levels_that_this_machine_lacks(tmp_path: Path) -> None:
