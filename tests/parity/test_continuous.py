@@ -245,3 +245,64 @@ def test_stop_strings(tiny_llama_dir: Path) -> None:
             output = manager.get_result(manager.add_request(prompt, **settings))
             assert output.generated_tokens == wanted
             assert (output.finish_reason, output.stop) == ("stop", stop)
+
+
+ENDINGS: dict[str, dict[str, Any]] = {
+    "stop strings": {"stop_strings": ["e", "th", "."], "eos_token_id": None},
+    "expression": {"regex": r"[a-z]{2,5}( [a-z]{1,3}){1,3}\."},
+    "schema": {"json_schema": {"type": "object", "properties": {"a": {"enum": ["x", 12]}}, "required": ["a"]}},
+    "criterion": {"stopping_criteria": [EndsAt()], "min_new_tokens": 2},
+    "grammar and stop": {"regex": r"[a-z ]{12,16}", "stop_strings": ["ab", "s", " "]},
+}
+ENDED = ["greedy", "cold", "other penalties", "bans", "beams", "sampled beams", "groups of beams", "looked up"]
+ENDED += ["looked up and drawn", "early exit", "assisted", "guided", "guided beams", "guided and looked up"]
+ENDED += ["contrastive", "contrastive and guided", "layers", "layers, guided", "beams with words"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(
+            st.sampled_from(["Once upon a time", "The fox", "river " * 5]),
+            st.sampled_from(ENDED),
+            st.sampled_from(sorted(ENDINGS)),
+            st.integers(0, 2),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_every_mode_with_every_ending(tiny_llama_dir: Path, asked: list[tuple[str, str, str, int]]) -> None:
+    """Stop strings, grammars and criteria in requests of every mode; what `generate()` refuses is refused alike."""
+    model, tokenizer = _loaded(tiny_llama_dir)
+    manager = model.init_continuous_batching(tokenizer=tokenizer)
+    names: list[tuple[str, list[int]]] = []
+    for text, mode, ending, steps in asked:
+        prompt = tokenizer(text).input_ids
+        call = {"max_new_tokens": 12} | SETTINGS[mode] | ENDINGS[ending] | {"num_return_sequences": 1}
+        if "assistant_model" in call:
+            call["assistant_model"] = model
+        theirs = dict(call)
+        if "negative_prompt_ids" in call:
+            theirs["negative_prompt_ids"] = torch.tensor(call["negative_prompt_ids"])
+        try:
+            row = model.generate(torch.tensor([prompt]), tokenizer=tokenizer, **theirs)[0, len(prompt) :].tolist()
+        except (ValueError, unspool.Unsupported) as error:
+            with pytest.raises(type(error)):
+                manager.add_request(prompt, **call)
+            continue
+        names.append((manager.add_request(prompt, **call), row))
+        for _ in range(steps):
+            manager.step()
+    while manager.step():
+        pass
+    for name, row in names:
+        output = manager.get_result(name)
+        assert output.error is None
+        assert output.generated_tokens == row
+    check_all_given_back(manager._engine.room)
+
+
+@cache
+def _loaded(folder: Path) -> tuple[Any, Any]:
+    return unspool.load(folder, dtype="float32", device="cpu")

@@ -86,6 +86,26 @@ def test_scores_of_an_output_that_was_cut_short(model: Any) -> None:
         torch.testing.assert_close(made.sum(1) / 4, out.sequences_scores)
 
 
+@pytest.mark.parametrize("mode", [GROUPS, WORDS], ids=["groups", "words"])
+def test_outputs_that_were_cut_short_are_the_same_in_a_continuous_batch(model: Any, mode: dict[str, Any]) -> None:
+    """With the end token behind them, and a log-probability for each token; one at full length has none."""
+
+    def enough(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] == 9)
+
+    call = {**mode, "eos_token_id": 13, "num_return_sequences": 2}
+    for more in ({"stopping_criteria": [enough], "max_new_tokens": 8}, {"max_new_tokens": 4}):
+        rows = generate(model, {"prompts": PROMPTS[:1], **call, **more})[:, 5:].tolist()
+        outputs = list(model.generate_batch(PROMPTS[:1], progress_bar=False, top_logprobs=1, **call, **more).values())
+        assert [output.generated_tokens for output in outputs] == rows
+        assert (13 in rows[0]) == ("stopping_criteria" in more)
+        for output in outputs:
+            assert len(output.logprobs) == len(output.top_logprobs) == len(output.generated_tokens)
+            assert (output.finish_reason, output.stop) == (
+                ("stop", "criterion") if "stopping_criteria" in more else ("length", None)
+            )
+
+
 def test_the_stored_calls_are_worth_it() -> None:
     """Each habit of transformers 4 that is kept stands in some stored call."""
     calls = [(one["call"], one["result"]) for one in STORED]

@@ -40,6 +40,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "beams that break": {"do_sample": False, "num_beams": 2, "logits_processor": [breaks]},
     "no number": {"do_sample": False, "logits_processor": [no_number]},
     "another tenant": {"do_sample": False, "cache_salt": "b"},
+    "guided": {"do_sample": False, "guidance_scale": 1.5, "negative_prompt_ids": [7] * 20},
+    "guided beams": {"do_sample": False, "num_beams": 2, "guidance_scale": 1.5, "negative_prompt_ids": [8, 9]},
+    "guided lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3, "guidance_scale": 1.5},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 3},
+    "dola": {"do_sample": False, "dola_layers": "low"},
+    "prompt's own": {"do_sample": False, "prompt_logprobs": 1},
 }
 
 

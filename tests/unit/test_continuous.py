@@ -1246,3 +1246,64 @@ def test_watching(model: Any) -> None:
         assert len(list(manager)) == 1 + 3
     with pytest.raises(ValueError, match="every"):
         manager.watch(every=0)
+
+
+class InTurn(Scheduler):
+    """A step for each request, one after the other."""
+
+    turn = -1
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> list[RequestState]:
+        every = [*self.active_requests.values(), *self.waiting_requests.values()]
+        self.turn += 1
+        return self.fill([every[self.turn % len(every)]], token_budget, cache_budget)
+
+
+@pytest.mark.parametrize("more", [1, 3])
+def test_a_launch_that_raises_does_not_take_the_step_before_with_it(model: Any, more: int) -> None:
+    """A step is in flight when the next one, of another request, fails: what it made is told in that very step."""
+    register_scheduler("in turn", InTurn)
+    manager = model.init_continuous_batching(
+        continuous_batching_config=ContinuousBatchingConfig(scheduler_type="in turn")
+    )
+    engine = manager._engine
+    engine._ahead = True  # as on a GPU
+    first, second = (
+        manager.add_request(prompt, **SETTINGS | {"max_new_tokens": length})
+        for prompt, length in zip(PROMPTS, (more, 8), strict=False)
+    )
+    engine._loop.runner, runner = _Breaking(engine._loop.runner), engine._loop.runner
+    while manager.get_result(second, timeout=0) is None:
+        before = list(engine._loop._flights)
+        assert manager.step()
+    assert before, "one was in flight"
+    assert not engine._loop._flights
+    failed = engine._loop.runner.failed
+    assert failed == 1
+    output = manager.get_result(first, timeout=0)
+    assert (output is not None) == (more == 1)
+    engine._loop.runner = runner
+    while manager.step():
+        pass
+    output = output or manager.get_result(first, timeout=0)
+    prompt = torch.tensor([PROMPTS[0]])
+    assert output.generated_tokens == model.generate(prompt, **SETTINGS | {"max_new_tokens": more})[0, 4:].tolist()
+    check_all_given_back(engine.room)
+
+
+class _Breaking:
+    """A runner that fails the second request's first step."""
+
+    failed = 0
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def run(self, work: Any, want: Any) -> Any:
+        if work[0].seq.tokens[:2] == PROMPTS[1]:
+            self.failed += 1
+            raise RuntimeError("the device is gone")
+        return self._runner.run(work, want)

@@ -70,12 +70,16 @@ class BeamSink:
         scores: list[float] = best.scores[0].tolist()
         every: list[list[int]] = best.tokens[0].tolist()
         origins: list[list[int]] = best.origins[0].tolist()
+        closed: list[bool] = [False] * len(states) if best.closed is None else best.closed[0].tolist()
         for place, (state, output, rows, score) in enumerate(zip(states, every, origins, scores, strict=True)):
             length = sum(row >= 0 for row in rows)
             made = output[:length]
-            state.made, state.score = made, score
+            state.made, state.score = output[: length + closed[place]], score
             state.logprobs, state.top_logprobs = [], []
             self._tell(list(zip(made, rows, strict=False)), place)
+            if closed[place] and self._tops is not None:  # a token that nobody chose, as in generate()
+                state.logprobs.append(0.0)
+                state.top_logprobs.append({})
             last = made[-1] if made else None
             if last in state.wishes.limits.eos:
                 state.end("stop", stop=last)

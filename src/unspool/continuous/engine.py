@@ -123,16 +123,18 @@ class Engine:
             self._flying = []
             return False
         self._scheduled = []
+        failed = False
         try:
             with torch.no_grad():
                 moved = self._loop.step()
         except Exception as error:
             if not self._scheduled:
                 raise
+            self._loop.settle()  # the step before, if that is in flight, is not lost with this one
             self._fail_step(error)
-            moved = True
+            moved, failed = True, True
         self._look_after(list(dict.fromkeys([*self._flying, *self._scheduled])) if self._flying else self._scheduled)
-        self._flying = [] if self._loop.in_step else self._scheduled
+        self._flying = [] if failed or self._loop.in_step else self._scheduled
         self._idle = 0 if moved else self._idle + 1
         if self._idle > _PATIENCE and self.scheduler.has_pending_requests():
             self._answer_stuck()

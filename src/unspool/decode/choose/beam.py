@@ -70,12 +70,15 @@ class Hypotheses:
         origins: `[prompts, number, steps]` int32, the row that each token was chosen for; -1 past the end.
         scores: `[prompts, number]` fp32.
         done: `[prompts, number]` bool; those that are not are still running, or stand where nothing is yet.
+        closed: `[prompts, number]` bool, where the chosen tokens are followed by one that was chosen for no row; `None`
+            where there are no such.
     """
 
     tokens: Tensor
     origins: Tensor
     scores: Tensor
     done: Tensor
+    closed: Tensor | None = None
 
     def take(self, places: Tensor) -> Hypotheses:
         """Those at `places` `[prompts, number]` of each prompt."""

@@ -183,12 +183,13 @@ class GroupBeamChooser:
         Those that were not closed get a closing token (of no row, -1) if there is room and there are end tokens.
         """
         chosen = [self._ranked(prompt)[:number] for prompt in range(len(self._contests))]
-        tokens, origins = [], []
+        tokens, origins, closed = [], [], []
         for output in (output for mine in chosen for output in mine):
             links = output.unwound()
             more = not output.closed and output.steps < self._full and bool(self._end_tokens)
             tokens.append([link.token for link in links] + [self._close] * more)
             origins.append([link.origin for link in links] + [-1] * more)
+            closed.append(more)
         width = max(map(len, tokens))
         device, shape = self._totals.device, (len(chosen), number, width)
         filled = [mine + [self.rules.filler] * (width - len(mine)) for mine in tokens]
@@ -198,6 +199,7 @@ class GroupBeamChooser:
             torch.tensor(traced, dtype=torch.int32, device=device).view(shape),
             torch.tensor([[output.score for output in mine] for mine in chosen], device=device),
             torch.ones(shape[:2], dtype=torch.bool, device=device),
+            torch.tensor(closed, device=device).view(shape[:2]),
         )
 
     def agreed(self, place: int, begin: int, ended: bool) -> list[tuple[int, int]]:
