@@ -50,7 +50,6 @@ i64 lane_of(const QuantisedWeight& w, i64 output) {
 namespace {
 
 constexpr i64 kTall = 12;  // rows of a tile: rows x blocks of sums stay in registers
-constexpr i64 kReach = 24; // lines to fetch ahead of use
 
 // Activations of a tile of rows, interleaved: a step of 4 bytes of each row after the other.
 struct Activations {
@@ -98,7 +97,6 @@ struct Bytes {
 #pragma GCC unroll 4
             for (int b = 0; b < Blocks; b++) {
                 line[b] = _mm512_loadu_si512(from + b * stride);
-                if (Blocks > kPanel) fetch<3>(from + b * stride + kReach * kLine);
             }
             ahead.next();
 #pragma GCC unroll 12
@@ -133,7 +131,6 @@ struct Nibbles {
 #pragma GCC unroll 4
             for (int b = 0; b < Blocks; b++) {
                 line[b] = _mm512_loadu_si512(from + b * stride);
-                if (Blocks > kPanel) fetch<3>(from + b * stride + kReach * kLine);
             }
             ahead.next();
 #pragma GCC unroll 4
@@ -338,9 +335,9 @@ void panels(const Call& c, i64 from, i64 to) {
     for (i64 block = from, width = 0; block < to; block += width)
         for (i64 t = 0; t < c.tiles.count; t++) {
             const auto [tile, wide] = tile_for<Kind>(c.tiles.height(t), to - block);
-            Ahead ahead{c.w.lines + (block + kPanel) * lines * kLine, 0};
-            // The tiles share what is to be fetched; one of few rows fetches for itself.
-            if (wide == kPanel && t < kPanel) ahead.lines = c.tiles.count == 1 ? kPanel : 1;
+            // The next panel, of which several tiles fetch a block each.
+            Ahead ahead{c.w.lines + (block + wide) * lines * kLine, 0};
+            if (t < kPanel) ahead.lines = c.tiles.count == 1 ? wide : 1;
             ahead.line += t * lines * kLine;
             tile(c.w, c.to, block, c.tiles.begin(t), c.of(t), ahead);
             width = wide;
