@@ -145,10 +145,18 @@ def test_exchanged_weights_and_modules_count(tmp_path: Path, runs: list[bool], m
     new("a linear layer")
     model.layers[2] = other.layers[2]
     new("a layer")
-    model.layers[1].mlp.down.unpack()
+    model.norm = other.norm
+    new("the last norm")
+    model.layers[0].attention.scale *= 1.5
+    new("a number")
+    model.layers = torch.nn.ModuleList(reversed(model.layers[1:]))
+    for place, layer in enumerate(model.layers):
+        layer.attention.layer = place
+    new("all layers")
+    model.layers[0].mlp.down.unpack()
     with torch.no_grad():
-        model.layers[1].mlp.down.weight.mul_(0.5)
-    model.layers[1].mlp.down.pack()
+        model.layers[0].mlp.down.weight.mul_(0.5)
+    model.layers[0].mlp.down.pack()
     new("a packed weight")
 
 

@@ -7,9 +7,7 @@ another activation, an unpacked weight, an adapter with gains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
-from operator import itemgetter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ from unspool.models.layers.linear import Linear
 from unspool.models.layers.norm import RMSNorm
 from unspool.models.layers.quantised import QuantisedForm
 from unspool.models.layers.rotary import Turn
+from unspool.models.layers.watched import changes, hooked
 
 if TYPE_CHECKING:
     from unspool.models.base import Batch
@@ -41,66 +40,41 @@ class _Recorded(NamedTuple):
     linears: list[Linear]
 
 
-class _Watched:
-    """What the addresses in a program depend on: modules, their parameters and packed weights. Asked in every step."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters) if table]
-        self._tables = tables
-        self._linears = [module.__dict__ for module in modules if isinstance(module, Linear)]
-        self._small = [p for m in modules for p in m._parameters.values() if p is not None and not p.is_meta]
-        self._hooks = [some for m in modules for some in (m._forward_hooks, m._forward_pre_hooks)]
-        self._state = self._now()
-        self._kept = [
-            *chain.from_iterable(map(dict.values, tables)),
-            *map(_packed, self._linears),
-        ]  # so ids stay theirs
-
-    def _now(self) -> list[int]:
-        return [
-            *map(id, chain.from_iterable(map(dict.values, self._tables))),
-            *map(id, map(_packed, self._linears)),
-            *map(Tensor.data_ptr, self._small),
-        ]
-
-    def changed(self) -> bool:
-        """Whether anything has been exchanged."""
-        return self._now() != self._state
-
-    def hooked(self) -> bool:
-        """Whether someone listens to a module, and so must be called."""
-        return any(self._hooks)
-
-
-_packed = itemgetter("_packed")
-
-
 class CompiledLayers:
     """All layers and the last norm of a decoder.
 
     Args:
         shape: of the decoder.
-        layers, norm: its parts.
     """
 
-    def __init__(self, shape: LlamaConfig, layers: nn.ModuleList, norm: RMSNorm) -> None:
-        self._shape, self._layers, self._norm = shape, layers, norm
-        self._watched: _Watched | None = None
-        self._recorded: dict[tuple[torch.dtype, int | None], _Recorded | None] = {}
+    def __init__(self, shape: LlamaConfig) -> None:
+        self._shape = shape
+        self.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompiledLayers, (self._shape, self._layers, self._norm)  # recorded anew
+        return CompiledLayers, (self._shape,)  # recorded anew
 
     def forget(self) -> None:
         """Let go of the weights, which are about to be exchanged."""
-        self._watched, self._recorded = None, {}
+        self._changes = -1
+        self._modules: list[nn.Module] = []
+        self._plain: list[Tensor] = []
+        self._state: list[int] = []
+        self._hooked = False
+        self._recorded: dict[tuple[torch.dtype, int | None], _Recorded | None] = {}
 
-    def run(self, x: Tensor, turn: Turn, batch: Batch) -> Tensor | None:
-        """Hidden states `[tokens, hidden]` after the last norm, of the embeddings `x`; `None` where it cannot be."""
+    def run(self, layers: nn.ModuleList, norm: RMSNorm, x: Tensor, turn: Turn, batch: Batch) -> Tensor | None:
+        """Hidden states `[tokens, hidden]` after `layers` and `norm`, of embeddings `x`; `None` where it cannot be."""
         attend = batch.attend
         if batch.trace is not None or not isinstance(attend, NativeAttention) or torch.is_grad_enabled():
             return None
-        recorded = self._record_once(x.dtype, batch.layers)
+        self._look(layers, norm)
+        if self._hooked:
+            return None
+        key = (x.dtype, batch.layers)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(layers, norm, *key)
+        recorded = self._recorded[key]
         if recorded is None:
             return None
         adapted: Adapted | None = None
@@ -108,23 +82,25 @@ class CompiledLayers:
             return None
         return recorded.program.run(x.contiguous(), recorded.out, attend.past, turn, adapted)
 
-    def _record_once(self, dtype: torch.dtype, layers: int | None) -> _Recorded | None:
-        """The program for so many layers; recorded anew when a weight or module has been exchanged."""
-        if self._watched is None or self._watched.changed():
-            self._watched = _Watched([*self._layers.modules(), *self._norm.modules()])
-            self._recorded = {}
-        if self._watched.hooked():
-            return None
-        key = (dtype, layers)
-        if key not in self._recorded:
-            self._recorded[key] = self._record(dtype, layers)
-        return self._recorded[key]
+    def _look(self, layers: nn.ModuleList, norm: RMSNorm) -> None:
+        """Forget what was recorded of other modules or weights, and see whether someone listens to these."""
+        state = [id(norm), *map(id, layers._modules.values()), *map(Tensor.data_ptr, self._plain)]
+        if changes() != self._changes or state != self._state:
+            self.forget()
+            self._changes = changes()
+            self._modules = [*layers.modules(), norm]  # kept, so that their ids stay theirs
+            parameters = (p for module in self._modules for p in module._parameters.values())
+            self._plain = [p for p in parameters if p is not None and not p.is_meta]
+            self._state = [id(norm), *map(id, layers._modules.values()), *map(Tensor.data_ptr, self._plain)]
+            self._hooked = hooked(self._modules)
+        elif self._hooked:
+            self._hooked = hooked(self._modules)
 
-    def _record(self, dtype: torch.dtype, layers: int | None) -> _Recorded | None:
-        blocks: Iterable[Block] = self._layers[:layers]  # type: ignore[assignment]
+    def _record(self, layers: nn.ModuleList, norm: RMSNorm, dtype: torch.dtype, number: int | None) -> _Recorded | None:
+        blocks: Iterable[Block] = layers[:number]  # type: ignore[assignment]
         try:
             recorder = _Recorder(self._shape, dtype)
-            out = recorder.layers(blocks, self._norm)
+            out = recorder.layers(blocks, norm)
         except _NoKernel:
             return None
         return _Recorded(recorder.program, out, recorder.linears)

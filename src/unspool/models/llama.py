@@ -20,12 +20,13 @@ from unspool.models.layers.embedding import Embedding
 from unspool.models.layers.linear import Linear
 from unspool.models.layers.norm import RMSNorm
 from unspool.models.layers.rotary import Rotary, Turn, rotate
+from unspool.models.layers.watched import Watched
 from unspool.models.llama_config import LlamaConfig
 
 __all__ = ["Llama"]
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(Watched):
     """Qwen3's norm of queries and keys: each head by itself; query heads share one weight, key heads another."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -48,7 +49,7 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x, (self.dim,), None, self.eps) * weight
 
 
-class WidthNorm(nn.Module):
+class WidthNorm(Watched):
     """OLMo 2's norm of queries and keys: over all query heads together, and over all key heads together."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -72,7 +73,7 @@ class WidthNorm(nn.Module):
 _QK_NORMS: dict[str, type[HeadNorm | WidthNorm]] = {"head": HeadNorm, "width": WidthNorm}
 
 
-class Attention(nn.Module):
+class Attention(Watched):
     """Causal self-attention with rotary positions and shared key/value heads."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
@@ -99,7 +100,7 @@ class Attention(nn.Module):
         return out
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Watched):
     """Feed-forward layer with a gate: `down(act(gate(x)) * up(x))` (Shazeer, 2020)."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -114,7 +115,7 @@ class GatedMLP(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class Block(Watched):
     """One decoder layer: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
@@ -180,7 +181,7 @@ class Llama(Model):
         self.norm = RMSNorm(shape.hidden_size, shape.eps)
         self.lm_head = Linear(shape.hidden_size, shape.vocab_size)
         self.tied = shape.tied
-        self._compiled = CompiledLayers(self.shape, self.layers, self.norm)
+        self._compiled = CompiledLayers(self.shape)
 
     def train(self, mode: bool = True) -> Llama:
         """Set training mode; see `Packable.train`."""
@@ -199,7 +200,7 @@ class Llama(Model):
         if self.shape.embedding_multiplier != 1.0:
             x = x * self.shape.embedding_multiplier
         turn = self.rotary(batch.positions, batch.extents, x.dtype)
-        if (compiled := self._compiled.run(x, turn, batch)) is not None:
+        if (compiled := self._compiled.run(self.layers, self.norm, x, turn, batch)) is not None:
             return compiled
         for layer in self.layers[: batch.layers]:
             if batch.trace is not None:

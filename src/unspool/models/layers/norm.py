@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from unspool.kernels.elementwise import add_rms_norm, rms_norm
+from unspool.models.layers.watched import Watched
 
 __all__ = ["RMSNorm"]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Watched):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, accumulated in fp32.
 
     Args:

@@ -15,6 +15,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from unspool.models.layers.watched import Watched
+
 __all__ = ["Packable", "PackedForm", "TableForm", "WritableForm", "exchange"]
 
 
@@ -75,7 +77,7 @@ class WritableForm(PackedForm, Protocol):
         ...
 
 
-class Packable(nn.Module):
+class Packable(Watched):
     """A module with a `weight` that can be packed.
 
     Attributes:
