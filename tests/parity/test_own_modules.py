@@ -202,6 +202,50 @@ assert not {"transformers", "peft"} & {name.split(".")[0] for name in sys.module
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("kind", [Plain, Tuples, Cached])
+def test_guidance(inner: Any, kind: type[Shell]) -> None:
+    ids, _ = prompts()
+    kwargs: dict[str, Any] = {"max_new_tokens": 6, "guidance_scale": 1.8}
+    mask = torch.ones_like(ids)
+    for given in ({}, {"negative_prompt_ids": torch.tensor([[5, 6], [7, 8], [9, 10]])}):
+        expected = inner.generate(ids, attention_mask=mask, **given, **kwargs)
+        also = {} if kind is Plain else {"attention_mask": mask}
+        assert torch.equal(kind(inner).generate(ids, **also, **given, **kwargs), expected)
+
+
+class Recurrent(nn.Module, GenerationMixin):
+    """Gives its state, `[layers, rows, hidden]`, whether or not that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+        self.cell = nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> dict[str, Any]:
+        hidden, state = self.cell(self.embedding(input_ids), past_key_values)
+        return {"logits": self.head(hidden), "past_key_values": state}
+
+
+class Reordered(Recurrent):
+    def _reorder_cache(self, past: Any, index: Tensor) -> Any:
+        return past.index_select(1, index)
+
+
+def test_a_state_of_its_own_form() -> None:
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    for mode in ("greedy", "beams"):
+        kwargs: dict[str, Any] = {"max_new_tokens": 9, **MODES[mode]}
+        expected = Reordered().generate(ids, use_cache=False, **kwargs)
+        assert torch.equal(Reordered().generate(ids, **kwargs), expected)
+    model, grown = Recurrent(), ids
+    for _ in range(9):
+        grown = torch.cat([grown, model(grown)["logits"][:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(ids, max_new_tokens=9), grown)
+    with pytest.raises(unspool.Unsupported, match=r"give it a method _reorder_cache\(past, index\)"):
+        model.generate(ids, num_beams=3)
+
+
 class Deaf(Shell):
     def forward(self, sound: Tensor) -> Tensor:
         return sound
@@ -231,6 +275,9 @@ def test_mistakes_are_named(inner: Any) -> None:
         Broken(inner).generate(ids, max_new_tokens=2)
     with pytest.raises(ValueError, match="bos_token_id"):
         Plain(inner).generate()
+    for wanted in ("output_attentions", "output_hidden_states"):
+        with pytest.raises(unspool.Unsupported, match=rf"{wanted}=True: Plain.forward takes no {wanted}"):
+            Plain(inner).generate(ids, max_new_tokens=2, return_dict_in_generate=True, **{wanted: True})
 
     class Nothing(GenerationMixin):
         pass

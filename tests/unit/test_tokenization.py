@@ -136,6 +136,12 @@ def test_negative_ids_are_refused() -> None:
         make().convert_ids_to_tokens([-1])
 
 
+@pytest.mark.parametrize("wrong", ["abc", None, [1.5], ["a"], [[1, "b"]], torch.tensor([1.0])])
+def test_what_is_no_id_is_refused_with_the_way_out(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"takes token ids .* texts are encoded by calling the tokenizer"):
+        make().decode(wrong)
+
+
 def test_an_encoding_is_a_dictionary_with_attributes() -> None:
     encoding = make()("a", return_tensors="np")
     assert isinstance(encoding, dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -154,6 +155,11 @@ class Foreign:
             known = (known | {*FIELDS, *ARGUMENTS}) - {"self", "kwargs"}
             raise ValueError(no_use_for(type(self.module).__name__, wrong, known))
 
+    def check_records(self, wanted: str, detailed: bool) -> None:
+        """Raise `Unsupported` for attentions or hidden states that are to be given and the module does not know of."""
+        if detailed and not self.open and not self.accepts(wanted) and not self.from_transformers:
+            raise Unsupported(f"{wanted}=True: {type(self.module).__name__}.forward takes no {wanted}; leave it out")
+
     # What is fed in each step
 
     def prepare(self, ids: Tensor, inputs: dict[str, Any], fed: int | None, first: bool) -> dict[str, Any]:
@@ -210,6 +216,24 @@ class Foreign:
             arguments["return_dict"] = True
         return self.module(**arguments)
 
+    def alone(
+        self, ids: Tensor, attention_mask: Any = None, use_cache: bool | None = None, past_key_values: Any = None
+    ) -> SimpleNamespace:
+        """One `forward` outside of the loop: its `logits`, and its `past_key_values` for the next."""
+        if use_cache and past_key_values is None and self._takes_a_cache:
+            past_key_values = DynamicCache()
+        given = {
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            self.cache_name: past_key_values,
+        }
+        taken = {
+            name: value for name, value in given.items() if value is not None and (self.open or self.accepts(name))
+        }
+        output = self.call({self.ids_name: ids, **taken})
+        past = _past(output) if use_cache else None
+        return SimpleNamespace(logits=self.logits(output), past_key_values=past_key_values if past is None else past)
+
     def update(self, output: Any, inputs: dict[str, Any], new: int) -> dict[str, Any]:
         """What to carry into the next step, in which `new` more columns are fed."""
         hook = self.hook("_update_model_kwargs_for_generation")
@@ -217,7 +241,7 @@ class Foreign:
             return dict(hook(output, inputs, is_encoder_decoder=self.encoder_decoder, num_new_tokens=new))
         carried = dict(inputs)
         past = _past(output)
-        if past is not None:
+        if past is not None and carried.get("use_cache", True):
             carried[self.cache_name] = past
         elif carried.get(self.cache_name) is None:
             carried["use_cache"] = False  # nothing remembers the past: all of it is fed in every step
@@ -407,7 +431,13 @@ class Foreign:
                 f"{type(self.module).__name__} keeps its past in a {type(past).__name__} that cannot be reordered; "
                 "decode with num_beams=1"
             )
-        return _select(past, index)
+        try:
+            return _select(past, index)
+        except IndexError:
+            raise Unsupported(
+                f"{type(self.module).__name__} keeps a past whose tensors have not a row for each text first, as beams "
+                "need; give it a method _reorder_cache(past, index), or decode with num_beams=1"
+            ) from None
 
 
 def _quantized_options(options: Any) -> dict[str, Any]:
@@ -450,6 +480,8 @@ def _past(output: Any) -> Any:
 def _select(past: Any, index: Tensor) -> Any:
     """Tensors `[rows, ...]` in nested lists, tuples and dicts, with their rows at places `index`."""
     if isinstance(past, Tensor):
+        if past.shape[:1] != index.shape:
+            raise IndexError(f"{list(past.shape)} has not {len(index)} rows")
         return past.index_select(0, index.to(past.device))
     if isinstance(past, dict):
         return {name: _select(value, index) for name, value in past.items()}

@@ -40,6 +40,7 @@ class ForeignSource:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.foreign = Foreign(module)
+        self.unconditional: Any = module if self.foreign.from_transformers else self.foreign.alone
         self.device = self.foreign.device
         self.vocab_size: int | None = self.foreign.entry("vocab_size")
         positions = getattr(self.foreign.config, "max_position_embeddings", None)
@@ -94,6 +95,7 @@ class ForeignSource:
             inputs["logits_to_keep"] = 1
         for wanted in ("output_attentions", "output_hidden_states"):
             if getattr(config, wanted) and wanted not in inputs:
+                foreign.check_records(wanted, bool(config.return_dict_in_generate))
                 inputs[wanted] = True
         inputs["use_cache"] = config.use_cache
         prompts = rows_of(rows, inputs.get(foreign.mask_name))

@@ -273,11 +273,11 @@ def _guidance(
         return None, None
     scale = float(config.guidance_scale or 1.0)
     ids, mask = read_negative(given.negative_ids, given.negative_mask, prompts, copies, source.vocab_size)
-    if source.module is None:
+    if source.unconditional is None:
         return GuidanceLogitsProcessor(scale), (ids, mask)
     own = given.negative_ids is None
     processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(
-        scale, source.module, None if own else ids, None if own else mask, config.use_cache
+        scale, source.unconditional, None if own else ids, None if own else mask, config.use_cache
     )
     return processor, None
 

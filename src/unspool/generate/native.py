@@ -67,6 +67,7 @@ class NativeSource:
     """See `generate.reading.Source`."""
 
     module = None
+    unconditional = None
 
     def __init__(self, model: Model) -> None:
         spec = model.spec

@@ -69,7 +69,9 @@ class Source(Protocol):
         vocab_size: width of the logits; `None` when the model does not say.
         max_positions: positions the model was made for, or `None`.
         beyond: what to do past them; see `effective_lengths`.
-        module: a foreign module, which guidance runs by itself; `None` where rows can be added to the batch.
+        module: a foreign module, or `None`.
+        unconditional: what guidance runs by itself, called as transformers' models are; `None` where rows can be added
+            to the batch.
     """
 
     device: torch.device
@@ -77,6 +79,7 @@ class Source(Protocol):
     max_positions: int | None
     beyond: Literal["refuse", "warn", "allow"]
     module: Any
+    unconditional: Any
 
     def read(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
         """Check and read the call's inputs, for `copies` rows of each prompt."""

@@ -84,7 +84,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
             assert self._ids is not None and self._mask is not None
             self._mask = torch.cat([self._mask, torch.ones_like(last)], dim=1)
             self._ids = torch.cat([self._ids, last], dim=1)
-            fed = last if self._use_cache else self._ids
+            fed = last if self._use_cache and self._past is not None else self._ids
         out = self._model(fed, attention_mask=self._mask, use_cache=self._use_cache, past_key_values=self._past)
         self._past = getattr(out, "past_key_values", None)
         logits: Tensor = out.logits[:, -1].float()

@@ -108,7 +108,10 @@ def build_processors(
         processors += _warpers(config, eos)
     if config.watermarking_config is not None:
         if vocab_size is None:
-            raise ValueError("`watermarking_config` needs the model's `vocab_size`, to know which tokens to mark.")
+            raise ValueError(
+                "`watermarking_config` needs the model's `vocab_size`, to know which tokens to mark; a module of your own "
+                "tells it by its `config`."
+            )
         processors.append(
             watermark_processor(
                 config.watermarking_config, vocab_size=vocab_size, prompt_length=prompt_length, device=device

@@ -332,10 +332,16 @@ class Tokenizer(Vocabulary):
 
         Raises:
             ValueError: An id is negative.
+            TypeError: These are no ids.
         """
         ids = to_lists(token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids)
         if isinstance(ids, int):
             ids = [ids]
+        wrong = [ids] if not isinstance(ids, list) else [one for one in ids if not isinstance(one, int | list)]
+        if wrong:
+            raise TypeError(
+                f"decode takes token ids (integers) and not {wrong[0]!r}; texts are encoded by calling the tokenizer"
+            )
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
         if ids and min(ids) < 0:
