@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import make_model
 from shells import Cached, Masked, Plain, Shell, Tuples
-from torch import Tensor
+from torch import Tensor, nn
 
 import unspool
 from unspool import GenerationMixin

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 from pathlib import Path
@@ -290,6 +292,23 @@ def test_outputs_are_tuples_and_dictionaries_too(model: Any) -> None:
     (out.sequences + 1).add_(1)  # ordinary tensors: the caller may compute with them
     out.sequences.add_(1)
     assert not out.scores[0].is_inference()
+
+
+@pytest.mark.parametrize(
+    "mode", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=["one", "beams", "drafts"]
+)
+def test_outputs_can_be_copied_and_pickled(model: Any, mode: dict[str, Any]) -> None:
+    kwargs: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    out = model.generate(IDS, return_dict_in_generate=True, output_scores=True, output_top_logprobs=2, **kwargs, **mode)
+    for again in (pickle.loads(pickle.dumps(out)), copy.deepcopy(out), copy.copy(out)):
+        assert type(again) is type(out)
+        assert list(again) == list(out)
+        assert again[0] is again.sequences
+        assert again.sequences.tolist() == out.sequences.tolist()
+        assert torch.equal(again.scores[1], out.scores[1])
+        assert torch.equal(again.top_logprobs.ids, out.top_logprobs.ids)
+        follow = model.generate(out.sequences, past_key_values=again.past_key_values, **kwargs)
+        assert follow.tolist() == model.generate(out.sequences, **kwargs).tolist()
 
 
 def test_a_past_can_be_cropped(model: Any) -> None:

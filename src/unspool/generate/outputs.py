@@ -49,9 +49,17 @@ class ModelOutput(OrderedDict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How copies and pickles are made."""
+        return _rebuilt, (type(self), {field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]
+
     def to_tuple(self) -> tuple[Any, ...]:
         """Values of the fields that are not `None`, in order."""
         return tuple(super(ModelOutput, self).__getitem__(key) for key in self)
+
+
+def _rebuilt(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+    return kind(**values)
 
 
 class Draft(NamedTuple):

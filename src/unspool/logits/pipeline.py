@@ -109,8 +109,8 @@ def build_processors(
     if config.watermarking_config is not None:
         if vocab_size is None:
             raise ValueError(
-                "`watermarking_config` needs the model's `vocab_size`, to know which tokens to mark; a module of your own "
-                "tells it by its `config`."
+                "`watermarking_config` needs the model's `vocab_size`, to know which tokens to mark; a module of your "
+                "own tells it by its `config`."
             )
         processors.append(
             watermark_processor(
