@@ -196,6 +196,36 @@ def test_any_mixture_however_it_arrives(
     check_all_given_back(manager._engine.room)
 
 
+@pytest.mark.parametrize(
+    "name", ["greedy with an end", "penalties", "warm", "several", "looked up", "guided", "contrastive", "layers"]
+)
+def test_whole_distributions(model: Any, name: str) -> None:
+    """Scores and logits of every token, of those that ask; chunks and company change nothing."""
+    _models["llama"] = model
+    wanted = of(name) | {"output_scores": True, "output_logits": True}
+    manager = model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=9))
+    other = manager.add_request(PROMPTS[1], **of("greedy"))
+    request = manager.add_request(PROMPTS[2], **wanted)
+    while manager.step():
+        pass
+    assert manager.get_result(other).scores is None
+    if "negative_prompt_ids" in wanted:
+        wanted["negative_prompt_ids"] = torch.tensor(wanted["negative_prompt_ids"])
+    theirs = model.generate(torch.tensor([PROMPTS[2]]), return_dict_in_generate=True, **wanted)
+    for i in range(theirs.sequences.shape[0]):
+        output = manager.get_result(request if i == 0 else f"{request}__child#{i - 1}")
+        count = len(output.generated_tokens)
+        assert output.generated_tokens == theirs.sequences[i, len(PROMPTS[2]) :][:count].tolist()
+        torch.testing.assert_close(output.scores, torch.stack(theirs.scores)[:count, i], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.logits, torch.stack(theirs.logits)[:count, i], rtol=1e-4, atol=1e-4)
+
+
+def test_whole_distributions_of_beams_are_refused(model: Any) -> None:
+    manager = model.init_continuous_batching()
+    with pytest.raises(unspool.Unsupported, match="output_logits with beams"):
+        manager.add_request(PROMPTS[0], num_beams=2, output_logits=True)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_like_transformers(family: str, tmp_path: Path) -> None:
     theirs = make_checkpoint(family, tmp_path)

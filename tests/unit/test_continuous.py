@@ -1307,3 +1307,32 @@ class _Breaking:
             self.failed += 1
             raise RuntimeError("the device is gone")
         return self._runner.run(work, want)
+
+
+# What later versions of transformers have
+
+
+def test_methods_of_later_versions(model: Any, expected: list[list[int]]) -> None:
+    """Nothing is kept on the model, switched on it, or left to be warmed up."""
+    model.destroy_cached_continuous_batching_manager()
+    manager = make(model)
+    manager.warmup()
+    manager.switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
+    name = manager.add_request(PROMPTS[0])
+    while manager.step():
+        pass
+    assert manager.get_result(name).generated_tokens == expected[0]
+    assert_nothing_is_left(manager)
+
+
+def test_a_scheduler_is_reset(model: Any) -> None:
+    manager = make(model, max_requests_per_batch=2)
+    for prompt in PROMPTS:
+        manager.add_request(prompt)
+    manager.step()
+    manager.step()
+    scheduler = manager._engine.scheduler
+    assert scheduler.active_requests and scheduler.waiting_requests
+    scheduler.reset()
+    assert not scheduler.has_pending_requests()
+    check_all_given_back(manager._engine.room)

@@ -173,6 +173,16 @@ class ContinuousBatchingManager:
         if block:
             self.join(timeout)
 
+    def warmup(self) -> None:
+        """For compatibility: what there is to set up is set up when the manager is made, so nothing is left to do."""
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """For compatibility: attention is never switched on the model, so there is nothing to do.
+
+        Args:
+            model, auto_switch_to_flash: accepted.
+        """
+
     def destroy(self) -> None:
         """Stop for good, answer all requests as cancelled, and give back the memory of keys and values now.
 

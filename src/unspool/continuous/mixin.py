@@ -131,6 +131,9 @@ class ContinuousMixin:
             wanted=wanted,
         )
 
+    def destroy_cached_continuous_batching_manager(self) -> None:
+        """For compatibility: no manager is kept on a model, so there is none to destroy."""
+
     @contextmanager
     def continuous_batching_context_manager(
         self,

@@ -37,7 +37,8 @@ _SET_UP: dict[GenerationMode, Callable[[Apart], Group]] = {
 
 def stands_apart(wishes: Wishes) -> bool:
     """Whether a request needs a group of its own; others are decided together, as columns."""
-    return wishes.mode not in _PLAIN or wishes.negative is not None or wishes.prompt_logprobs is not None
+    plain = wishes.mode in _PLAIN and wishes.negative is None and wishes.prompt_logprobs is None
+    return not plain or True in wishes.keeps
 
 
 def rows_in_step(wishes: Wishes) -> int:

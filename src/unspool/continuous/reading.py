@@ -300,6 +300,12 @@ def refuse_settings(config: GenerationConfig, mode: GenerationMode, device: torc
     for name, why in _ALONE.items():
         if getattr(config, name):
             raise Unsupported(f"{name} is for generate() alone: {why}")
+    for name in ("output_scores", "output_logits"):
+        if mode in BEAMS and getattr(config, name):
+            raise Unsupported(
+                f"{name} with beams is for generate() alone, which tells whose they were; top_logprobs gives the "
+                "likeliest of each output"
+            )
     for name in ("use_mtp", "speculation_type"):
         if mode is GenerationMode.ASSISTED_GENERATION and getattr(config, name):
             raise Unsupported(
@@ -316,8 +322,6 @@ def refuse_settings(config: GenerationConfig, mode: GenerationMode, device: torc
 _ALONE = {
     "output_attentions": "kernels that give attention weights would change how every request beside it is computed",
     "output_hidden_states": "what is found stored of a prompt has none; leave it out, or call generate()",
-    "output_scores": "whole distributions of every token are too much to keep; top_logprobs gives the likeliest",
-    "output_logits": "whole distributions of every token are too much to keep; top_logprobs gives the likeliest",
 }
 
 

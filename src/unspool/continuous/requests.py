@@ -102,6 +102,8 @@ class GenerationOutput:
             first has no log-probability, which is `None`.
         prompt_top_logprobs: the most likely ids at each place of the prompt, likewise.
         score: a beam's score.
+        scores: `[tokens, vocab]` fp32, what each token was chosen from, with `output_scores` and once it is over.
+        logits: `[tokens, vocab]` fp32, the same before all processors, with `output_logits`.
         usage: what it took.
         timings: how long it took.
     """
@@ -122,6 +124,8 @@ class GenerationOutput:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
     score: float | None = None
+    scores: Tensor | None = None
+    logits: Tensor | None = None
     usage: Usage = field(default_factory=Usage)
     timings: Timings = field(default_factory=Timings)
 
@@ -197,6 +201,11 @@ class Wishes:
         return self.prompt if self.encoded is None else self.encoded
 
     @property
+    def keeps(self) -> tuple[bool, bool]:
+        """Whether the scores, and the logits, of every token are wanted whole."""
+        return bool(self.config.output_scores), bool(self.config.output_logits)
+
+    @property
     def sees_prompt(self) -> bool:
         """Whether the whole prompt must be computed before somebody's eyes."""
         return self.prompt_logprobs is not None or self.mode is GenerationMode.CONTRASTIVE_SEARCH
@@ -242,6 +251,10 @@ class RequestState:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     score: float | None = None
+    scores: list[Tensor] = field(default_factory=list)
+    """Of each token, what it was chosen from, where that is wanted;"""
+    logits: list[Tensor] = field(default_factory=list)
+    """and that before all processors."""
     cached_tokens: int = 0
     preemptions: int = 0
     drafted: int = 0
@@ -322,6 +335,10 @@ class RequestState:
         if self.finish_reason is None:
             self.finish_reason, self.stop, self.error = reason, stop, error
 
+    def _stacked(self, lines: list[Tensor]) -> Tensor | None:
+        """Whole distributions of all tokens, once there will be no more."""
+        return torch.stack(lines) if lines and self.finish_reason is not None else None
+
     def to_generation_output(self) -> GenerationOutput:
         """What is to be told of it now, in copies."""
         tokens = list(self.generated_tokens)
@@ -344,6 +361,8 @@ class RequestState:
             prompt_logprobs=None if wishes.prompt_logprobs is None else [None, *(one for one, _ in self.prompt_told)],
             prompt_top_logprobs=[None, *(best for _, best in self.prompt_told)] if wishes.prompt_logprobs else None,
             score=self.score,
+            scores=self._stacked(self.scores),
+            logits=self._stacked(self.logits),
             usage=Usage(
                 len(self.prompt_ids), len(tokens), self.cached_tokens, self.preemptions, self.drafted, self.accepted
             ),

@@ -70,6 +70,13 @@ class Scheduler(ABC):
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
 
+    def reset(self) -> None:
+        """Let go of all requests and their blocks, without answering them; what is stored of them is forgotten."""
+        for request_id in [*self.active_requests, *self.waiting_requests]:
+            self.finish_request(request_id)
+        with self._lock:
+            self._cancelled.clear()
+
     def add_waiting_request(self, state: RequestState) -> None:
         """Let a request wait, behind the others."""
         self.waiting_requests[state.request_id] = state

@@ -54,6 +54,11 @@ class TextSink:
             state.made += row.tokens[known:]
         if wishes.record_timestamps:
             state.timestamps += [now] * taken
+        keeps_scores, keeps_logits = wishes.keeps
+        if keeps_scores and choice.scores is not None:
+            state.scores += [line.clone() for line in choice.scores[:taken]]
+        if keeps_logits and choice.logits is not None:
+            state.logits += [line.clone() for line in choice.logits[:taken]]
         if wishes.top_logprobs is not None and choice.scores is not None and taken:
             chosen = torch.tensor(tokens[:taken], device=choice.scores.device)
             for value, best in log_probabilities([wishes] * taken, choice.scores[:taken], chosen):
@@ -89,7 +94,8 @@ def set_up_text(apart: Apart) -> Group:
         guidance=apart.guidance if drafted else None,
         proposals=drafter.proposals if isinstance(drafter, ModelDrafter) else None,
         ensemble=wishes.config.assistant_ensemble_weight if drafted else None,
-        keep_scores=wishes.top_logprobs is not None,
+        keep_scores=wishes.top_logprobs is not None or wishes.keeps[0],
+        keep_logits=wishes.keeps[1],
     )
     return Group(rows, chooser, sink, drafter=drafter)
 
@@ -121,5 +127,6 @@ def set_up_contrastive(apart: Apart) -> Group:
         alpha=float(config.penalty_alpha or 0.0),
         layer=spec.layers,
         vocab=spec.vocab_size,
-        keep_scores=wishes.top_logprobs is not None,
+        keep_scores=wishes.top_logprobs is not None or wishes.keeps[0],
+        keep_logits=wishes.keeps[1],
     )
