@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
+import unspool
 from unspool.decode.choose.noise import GlobalNoise, SeededNoise, key
 from unspool.decode.sequence import Sequence
-from unspool.kernels import draw as draws, native
+from unspool.kernels import best as bests, draw as draws, native
 from unspool.kernels.best import best, keep_best
 from unspool.kernels.draw import draw, draw_seeded
 from unspool.logits import ops
@@ -200,6 +202,57 @@ def test_noise_of_rows() -> None:
     keys = [key(9, 1, 3), key(9, 1, 5), key(9, 1, 6), key(9, 1, 7), key(9, 2, 6)]
     found = SeededNoise(9, 2, torch.device("cpu"), first=1).draw_ahead(ahead.clone(), rows)
     assert torch.equal(found, draw_seeded(ahead.clone(), keys, torch.Generator()))
+
+
+@pytest.fixture(scope="module")
+def story() -> Any:
+    return unspool.load("storyteller", dtype="bfloat16")
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 40, "temperature": 0.8, "num_return_sequences": 2},
+    {"top_k": 50, "top_p": 0.9, "seed": 5},
+    {"prompt_lookup_num_tokens": 3},
+    {"assistant": True},
+    {"assistant": True, "seed": 5},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way) or "plain")
+def test_the_text_that_pytorchs_operations_give(
+    story: Any, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same state of torch's generator afterwards."""
+    torch.set_num_threads(1)
+    way = dict(way)
+    model, tokenizer = story
+    if way.pop("assistant", False):
+        way["assistant_model"], _ = unspool.load("storyteller-draft", dtype="bfloat16")
+    prompts = tokenizer(["Once upon a time", "The owl", "A fox and"], return_tensors="pt", padding=True)
+    told = []
+    for theirs in (False, True):
+        if theirs:
+            monkeypatch.setattr(draws, "_alike", lambda: False)
+            monkeypatch.setattr(bests, "_usable", lambda scores, count: False)
+        torch.manual_seed(3)
+        out = model.generate(**prompts, do_sample=True, max_new_tokens=12, **way)
+        told.append((out.tolist(), torch.get_rng_state().tolist()))
+    assert told[0] == told[1]
+
+
+def test_the_text_of_requests_that_pytorchs_operations_give(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = story
+    prompts = tokenizer(["Once upon a time", "The owl", "A fox and"])["input_ids"]
+    config = unspool.GenerationConfig(do_sample=True, max_new_tokens=12, top_k=30, seed=4)
+    texts = []
+    for theirs in (False, True):
+        if theirs:
+            monkeypatch.setattr(draws, "_alike", lambda: False)
+        results = model.generate_batch(prompts, generation_config=config)
+        texts.append([result.generated_tokens for result in results.values()])
+    assert texts[0] == texts[1]
 
 
 # ---- The best of many scores ----------------------------------------------------------------------------------------
