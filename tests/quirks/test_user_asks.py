@@ -6,12 +6,14 @@ without any) is a remark. Mistakes of one argument are in `unit/test_generate_ca
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import Refusal, faults
 from torch import Tensor, nn
 
 import unspool
@@ -416,6 +418,49 @@ def test_a_wrong_answer_of_the_callers_function_is_named(
     with pytest.raises(kind, match=said) as caught:
         loaded[0].generate(IDS, max_new_tokens=4, do_sample=False, **settings, **way)
     assert any("raised in step" in note for note in caught.value.__notes__)
+
+
+def test_a_request_that_has_nothing_to_choose_fails_alone(loaded: tuple[Any, Any]) -> None:
+    banned = {"suppress_tokens": list(range(400)), "max_new_tokens": 3}
+    failed = loaded[0].generate_batch([[5, 6]], do_sample=False, **banned)
+    assert all("left no token to choose" in str(output.error) for output in failed.values())
+    assert len(failed) == 1
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 2},
+    "drafts": {"prompt_lookup_num_tokens": 2},
+    "its own cache": {"return_dict_in_generate": True},
+    "a static cache": {"cache_implementation": "static"},
+    "guidance": {"guidance_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fault_on_a_wrapped_model_says_in_which_step_and_leaves_nothing(theirs: Any, way: str) -> None:
+    """On native ones: `unit/test_generate_call.py`."""
+    model = unspool.wrap(theirs)
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **WAYS[way]}
+
+    def tokens() -> Any:
+        out = model.generate(IDS, **kwargs)
+        return (out if isinstance(out, Tensor) else out.sequences).tolist()
+
+    def caches() -> int:
+        gc.collect()
+        return sum(type(one).__name__ in ("PagedStore", "DynamicLayer", "StaticLayer") for one in gc.get_objects())
+
+    before, attributes, stored = tokens(), set(vars(theirs)), caches()
+    for fault in faults():
+        with pytest.raises(Refusal, match="no") as caught:
+            model.generate(IDS, **kwargs, **fault)
+        assert any("raised in step" in note for note in caught.value.__notes__), fault
+        del caught
+    assert caches() <= stored, "keys and values of calls that failed are let go"
+    assert set(vars(theirs)) == attributes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in theirs.modules())
+    assert tokens() == before
 
 
 def test_a_criterion_without_scores_is_told_how_to_get_them(loaded: tuple[Any, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import Refusal, faults
 
 import unspool
 from unspool.cache import PagedStore
@@ -445,40 +446,6 @@ def test_memory_that_is_not_there_is_said_before_it_is_taken(model: Any, monkeyp
     assert model.generate(IDS, max_new_tokens=3).shape == (1, 7)
 
 
-class Refusal(Exception):
-    """A fault of the caller's own."""
-
-
-class Fails:
-    """Fails when it is called for the `number`-th time; a processor, a criterion, a streamer, a prefix function."""
-
-    def __init__(self, number: int = 3) -> None:
-        self.left = number
-
-    def count(self) -> None:
-        self.left -= 1
-        if not self.left:
-            raise Refusal("no")
-
-    def processor(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.count()
-        return scores
-
-    def criterion(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
-        self.count()
-        return torch.zeros(ids.shape[0], dtype=torch.bool)
-
-    def prefix(self, row: int, ids: torch.Tensor) -> list[int]:
-        self.count()
-        return list(range(1, 40))
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.count()
-
-    def end(self) -> None:
-        raise AssertionError("the call failed")
-
-
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sample": {"do_sample": True},
@@ -497,16 +464,10 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_fault_of_the_callers_says_in_which_step(model: Any, way: str) -> None:
     kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **WAYS[way]}
-    faults: list[dict[str, Any]] = [
-        {"logits_processor": [Fails().processor]},
-        {"stopping_criteria": [Fails().criterion]},
-        {"prefix_allowed_tokens_fn": Fails().prefix},
-        {"streamer": Fails()},
-    ]
     torch.manual_seed(0)
     before = model.generate(IDS, **kwargs).tolist()
     stores = _stores()
-    for fault in faults:
+    for fault in faults():
         with pytest.raises(Refusal, match="no") as caught:
             model.generate(IDS, **kwargs, **fault)
         assert any("raised in step" in note for note in caught.value.__notes__), fault
