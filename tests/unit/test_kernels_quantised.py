@@ -120,6 +120,9 @@ def test_codes_come_back_bit_for_bit(code: Code, outputs: int, inputs: int, seed
     assert kept.offsets is rows.offsets or torch.equal(kept.offsets, rows.offsets)
     indexes = torch.randint(0, outputs, (5,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(made.rows(indexes), made.plain()[indexes])
+    exact = dequantise(made.code, made._read(indexes))
+    assert torch.equal(made.rows(indexes), exact.to(made.dtype))
+    assert made._packed is None or torch.equal(made._packed.rows(indexes, torch.float32), exact)
 
 
 @pytest.mark.parametrize("code", CODES, ids=lambda code: f"{code.name}-{code.group}")

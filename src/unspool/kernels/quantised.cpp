@@ -34,6 +34,55 @@ i64 lane_of(const QuantisedWeight& w, i64 output) {
     return (output / kLanes) * w.lines_of_block() * kLine + 4 * (output % kLanes);
 }
 
+// The place of the first of `indexes` that is none of an output, or -1.
+i64 outside(const QuantisedWeight& w, const i64* indexes, i64 count) {
+    const i64* wrong = std::find_if(indexes, indexes + count, [&](i64 i) { return i < 0 || i >= w.outputs; });
+    return wrong == indexes + count ? -1 : wrong - indexes;
+}
+
+// Calls `work(input, count, codes)` for the inputs of an output, as many as a line has of it at a time.
+template <class Work>
+void each_stripe(const QuantisedWeight& w, i64 output, const Work& work) {
+    const u8* from = w.lines + lane_of(w, output);
+    const i64 stripe = w.per_line();
+    for (i64 input = 0; input < w.inputs; input += stripe, from += kLine) {
+        u8 all[8] = {from[0], from[1], from[2], from[3]};
+        if (w.nibbles)
+            for (int pair = 3; pair >= 0; pair--) {
+                all[2 * pair + 1] = from[2 + pair / 2] >> pair % 2 * 4 & 15;
+                all[2 * pair] = from[pair / 2] >> pair % 2 * 4 & 15;
+            }
+        work(input, std::min(stripe, w.inputs - input), all);
+    }
+}
+
+namespace numbers {
+
+float from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Of bf16.
+float from_upper(bf16 upper) { return from_bits(static_cast<std::uint32_t>(upper) << 16); }
+
+// To the nearest bf16, of two as near the even one.
+bf16 to_upper(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (value != value) return 0x7fc0;
+    return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Of fp16: its exponent moved by multiplication, which is exact also where the number is denormal.
+float from_half(fp16 half) {
+    const std::uint32_t size = half & 0x7fffu, sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+    if (size >= 0x7c00u) return from_bits(sign | 0x7f800000u | (size & 0x3ffu) << 13);
+    return from_bits(sign | 0x3f800000u) * (from_bits(size << 13) * 0x1p112f);
+}
+
+}  // namespace numbers
 }  // namespace
 
 #if defined(__x86_64__)
@@ -399,22 +448,41 @@ void unspool_quantised_pack(const QuantisedWeight* weight, const u8* codes, i64 
 // or -1.
 i64 unspool_quantised_codes(const QuantisedWeight* weight, const i64* indexes, i64 count, u8* codes, int threads) {
     const QuantisedWeight& w = *weight;
-    const i64* wrong = std::find_if(indexes, indexes + count, [&](i64 i) { return i < 0 || i >= w.outputs; });
-    if (wrong != indexes + count) return wrong - indexes;
-    const i64 stripe = w.per_line();
+    const i64 wrong = outside(w, indexes, count);
+    if (wrong >= 0) return wrong;
     if (count * w.inputs <= kSerial) threads = 1;
     parallel_for(threads, count, [=, &w](i64 i) {
-        const u8* from = w.lines + lane_of(w, indexes[i]);
-        u8* to = codes + i * w.inputs;
-        for (i64 input = 0; input < w.inputs; input += stripe, from += kLine) {
-            u8 all[8] = {from[0], from[1], from[2], from[3]};
-            if (w.nibbles)
-                for (int pair = 3; pair >= 0; pair--) {
-                    all[2 * pair + 1] = from[2 + pair / 2] >> pair % 2 * 4 & 15;
-                    all[2 * pair] = from[pair / 2] >> pair % 2 * 4 & 15;
-                }
-            std::memcpy(to + input, all, static_cast<std::size_t>(std::min(stripe, w.inputs - input)));
-        }
+        each_stripe(w, indexes[i], [&](i64 input, i64 there, const u8* some) {
+            std::memcpy(codes + i * w.inputs + input, some, static_cast<std::size_t>(there));
+        });
+    });
+    return -1;
+}
+
+// The weights themselves, to `out` [count, inputs], fp32 if `wide`, else bf16.
+i64 unspool_quantised_rows(const QuantisedWeight* weight, const i64* indexes, i64 count, void* out, int wide,
+                           int threads) {
+    const QuantisedWeight& w = *weight;
+    const i64 wrong = outside(w, indexes, count);
+    if (wrong >= 0) return wrong;
+    if (count * w.inputs <= kSerial) threads = 1;
+    parallel_for(threads, count, [=, &w](i64 i) {
+        const i64 row = indexes[i];
+        const float unit = w.units[row];
+        each_stripe(w, row, [&](i64 input, i64 there, const u8* some) {
+            const i64 group = (row / kLanes * (w.width() / w.group) + input / w.group) * kLanes + row % kLanes;
+            const float scale = w.nibbles ? numbers::from_half(w.scales[group]) * unit : unit;
+            const float offset = w.offsets ? numbers::from_half(w.offsets[group]) * unit : 0.0f;
+            for (i64 j = 0; j < there; j++) {
+                float value = w.nibbles ? numbers::from_upper(w.table[some[j]]) : static_cast<float>(some[j] - 128);
+                value *= scale;
+                if (w.offsets) value += offset;
+                if (wide)
+                    static_cast<float*>(out)[i * w.inputs + input + j] = value;
+                else
+                    static_cast<bf16*>(out)[i * w.inputs + input + j] = numbers::to_upper(value);
+            }
+        });
     });
     return -1;
 }

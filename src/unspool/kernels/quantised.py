@@ -38,6 +38,7 @@ class _Functions(NamedTuple):
     blocks: Any
     pack: Any
     codes: Any
+    rows: Any
     multiply: Any
 
 
@@ -49,6 +50,7 @@ def _functions() -> _Functions | None:
         blocks=native.function("unspool_quantised_blocks", ctypes.c_int64, _WORD),
         pack=native.function("unspool_quantised_pack", None, *[_WORD] * 4, _INT),
         codes=native.function("unspool_quantised_codes", ctypes.c_int64, *[_WORD] * 4, _INT),
+        rows=native.function("unspool_quantised_rows", ctypes.c_int64, *[_WORD] * 4, *[_INT] * 2),
         multiply=native.function("unspool_quantised", None, *[_WORD] * 6, *[_INT] * 3),
     )
 
@@ -161,21 +163,38 @@ class PackedCodes:
         if isinstance(rows, slice):
             first, end, _ = rows.indices(self.outputs)
             rows = torch.arange(first, end)
-        if not rows.is_cpu or rows.dim() != 1:
-            raise ValueError(f"`indexes` must be [n] on the CPU; got {list(rows.shape)} on {rows.device}")
-        rows = rows.to(torch.int64).contiguous()
+        rows = _indexes(rows)
         count = rows.shape[0]
         codes = torch.empty(count, self.inputs, dtype=torch.uint8)
         threads = torch.get_num_threads()
-        wrong = self._functions.codes(self.handle, rows.data_ptr(), count, codes.data_ptr(), threads)
-        if wrong >= 0:
-            raise IndexError(f"`indexes` holds {int(rows[wrong])}; rows of this weight lie in [0, {self.outputs})")
+        self._check(rows, self._functions.codes(self.handle, rows.data_ptr(), count, codes.data_ptr(), threads))
         units = self._units[rows, None]
         if self._scales is None:
             return codes, units, None
         block, lane = rows // _LANES, rows % _LANES
         scales = self._scales[block, :, lane].float().mul_(units)
         return codes, scales, None if self._offsets is None else self._offsets[block, :, lane].float().mul_(units)
+
+    def rows(self, indexes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights `[n, in]` of the rows at `indexes` `[n]`, in bf16 or fp32.
+
+        Raises:
+            IndexError: an index lies outside the weight.
+            ValueError: `indexes` has another shape or is not on the CPU, or the dtype is another one.
+        """
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"rows are given in bfloat16 or float32, not in {dtype}")
+        indexes = _indexes(indexes)
+        count = indexes.shape[0]
+        out = torch.empty(count, self.inputs, dtype=dtype)
+        wide, threads = int(dtype == torch.float32), torch.get_num_threads()
+        address = indexes.data_ptr()
+        self._check(indexes, self._functions.rows(self.handle, address, count, out.data_ptr(), wide, threads))
+        return out
+
+    def _check(self, indexes: Tensor, wrong: int) -> None:
+        if wrong >= 0:
+            raise IndexError(f"`indexes` holds {int(indexes[wrong])}; rows of this weight lie in [0, {self.outputs})")
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias` for bf16 or fp32 `x` `[rows, in]` and `bias` `[out]` of its dtype; gives `[rows, out]`.
@@ -215,3 +234,9 @@ class PackedCodes:
         threads = torch.get_num_threads()
         self._functions.multiply(self.handle, x.data_ptr(), stride, added, out.data_ptr(), rows, wide_x, wide, threads)
         return out
+
+
+def _indexes(rows: Tensor) -> Tensor:
+    if not rows.is_cpu or rows.dim() != 1:
+        raise ValueError(f"`indexes` must be [n] on the CPU; got {list(rows.shape)} on {rows.device}")
+    return rows.to(torch.int64).contiguous()

@@ -202,6 +202,8 @@ class QuantisedForm:
         Raises:
             IndexError: an index lies outside the weight.
         """
+        if self._packed is not None and self.dtype in (torch.bfloat16, torch.float32):
+            return self._packed.rows(indexes, self.dtype)
         return dequantise(self.code, self._read(indexes)).to(self.dtype)
 
     def plain(self) -> Tensor:

@@ -19,6 +19,9 @@ from unspool.kernels import elementwise
 
 __all__ = ["Rope", "Rotary", "Turn", "rotate"]
 
+# Positions of a table, before it grows and at most.
+_FIRST_POSITIONS, _MOST_POSITIONS = 256, 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -104,10 +107,31 @@ class Rotary:
         with torch.device("cpu"):
             self._short, self.factor = _FREQUENCIES[rope.kind](rope)
             self._long = _longrope(rope, long=True)[0] if rope.kind == "longrope" else None
+        self._tables: dict[torch.dtype, Turn] = {}
         self._placed: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, positions: Tensor, extents: Tensor | None, dtype: torch.dtype) -> Turn:
         """Angles for `positions` `[tokens]` in rows of lengths `extents` `[tokens]`, which only some kinds need."""
+        table = self._table(positions, dtype)
+        if table is None:
+            return self._computed(positions, extents, dtype)
+        return Turn(table.cos.index_select(0, positions), table.sin.index_select(0, positions))
+
+    def _table(self, positions: Tensor, dtype: torch.dtype) -> Turn | None:
+        """The angles of the first positions, on a CPU, where a look costs less than the numbers; it grows as needed."""
+        if self.rope.by_length or not positions.is_cpu or not positions.numel():
+            return None
+        low, high = map(int, positions.aminmax())
+        if low < 0 or high >= _MOST_POSITIONS:
+            return None
+        table = self._tables.get(dtype)
+        if table is None or high >= len(table.cos):
+            with torch.inference_mode(False), torch.no_grad():
+                first = torch.arange(max(_FIRST_POSITIONS, 1 << high.bit_length()))
+                table = self._tables[dtype] = self._computed(first, None, dtype)
+        return table
+
+    def _computed(self, positions: Tensor, extents: Tensor | None, dtype: torch.dtype) -> Turn:
         frequencies = self._frequencies(positions.device, extents)
         angles = positions[:, None].float() * frequencies
         cos, sin = angles.cos(), angles.sin()
