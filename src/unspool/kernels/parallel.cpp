@@ -5,11 +5,14 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 
 namespace unspool {
 namespace {
+
+constexpr int kSpins = 1 << 14;  // some hundred microseconds
 
 struct Runtime {
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
@@ -56,9 +59,97 @@ void run_member(void* data) {
     together = before;
 }
 
+// Looks for what another thread does soon; where that thread has to wait for a processor itself, lets it have this one.
+template <class Seen>
+void spin(const Seen& seen) {
+    for (int i = 0; !seen(); i++) {
+        if (i > kSpins) {
+            sched_yield();
+            continue;
+        }
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+}
+
+// Threads that stay together for many pieces of work: the first hands them out, the others wait for the next.
+class Team {
+public:
+    Team(void (*work)(void*), void* data) : work_(work), data_(data) {}
+
+    void member() {
+        const int thread = runtime.thread();
+        Team* const before = here;
+        here = this;
+        if (thread == 0) {
+            size_ = runtime.team();
+            work_(data_);
+            pieces_.store(kOver, std::memory_order_release);
+        } else {
+            serve(thread);
+        }
+        here = before;
+    }
+
+    void run(Work piece) {
+        piece_ = piece;
+        left_.store(size_ - 1, std::memory_order_relaxed);
+        pieces_.store(pieces_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+        inside = true;
+        piece.body(piece.data, 0, size_);
+        inside = false;
+        spin([this] { return left_.load(std::memory_order_acquire) == 0; });
+    }
+
+    void wait() {
+        const unsigned phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+        } else {
+            spin([&] { return phase_.load(std::memory_order_acquire) != phase; });
+        }
+    }
+
+    static thread_local Team* here;
+    static thread_local bool inside;  // a piece of work, so that it is no leader
+
+private:
+    static constexpr unsigned kOver = ~0u;
+
+    void serve(int thread) {
+        for (unsigned seen = 0;;) {
+            unsigned now = seen;
+            spin([&] { return (now = pieces_.load(std::memory_order_acquire)) != seen; });
+            if (now == kOver) return;
+            seen = now;
+            inside = true;
+            piece_.body(piece_.data, thread, size_);
+            inside = false;
+            left_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    void (*work_)(void*);
+    void* data_;
+    Work piece_{};
+    int size_ = 1;
+    alignas(64) std::atomic<unsigned> pieces_{0};
+    alignas(64) std::atomic<int> left_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<unsigned> phase_{0};
+};
+
+thread_local Team* Team::here = nullptr;
+thread_local bool Team::inside = false;
+
 }  // namespace
 
 void run_team(int threads, void (*body)(void*, int, int), void* data) {
+    if (threads > 1 && Team::here && !Team::inside) return Team::here->run({body, data});
     if (threads <= 1 || forked || !runtime.found()) {
         const bool before = together;
         together = false;
@@ -70,8 +161,17 @@ void run_team(int threads, void (*body)(void*, int, int), void* data) {
     runtime.parallel(run_member, &work, static_cast<unsigned>(threads), 0);
 }
 
+void with_team(int threads, void (*work)(void*), void* data) {
+    if (threads <= 1 || forked || !runtime.found()) return work(data);
+    Team team(work, data);
+    runtime.parallel([](void* team) { static_cast<Team*>(team)->member(); }, &team, static_cast<unsigned>(threads), 0);
+}
+
 void wait_for_team() {
-    if (together) runtime.barrier();
+    if (Team::here && Team::inside)
+        Team::here->wait();
+    else if (together)
+        runtime.barrier();
 }
 
 }  // namespace unspool

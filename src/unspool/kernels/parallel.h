@@ -11,6 +11,10 @@ using i64 = std::int64_t;
 // Calls `body(data, thread, team)` once on each of at most `threads` threads and waits for them.
 void run_team(int threads, void (*body)(void* data, int thread, int team), void* data);
 
+// Calls `work(data)` on the calling thread, which meanwhile has a team of at most `threads` at hand: what it runs by
+// `run_team` starts at once, since the others wait for it and do nothing else.
+void with_team(int threads, void (*work)(void* data), void* data);
+
 // Waits for all threads of the team; each of them calls it.
 void wait_for_team();
 

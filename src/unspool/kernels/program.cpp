@@ -3,6 +3,7 @@
 #include "program.h"
 
 #include "levels.h"
+#include "parallel.h"
 
 #include <cstdint>
 
@@ -89,10 +90,20 @@ extern "C" {
 
 // Runs `count` operations of a step. Returns 0, or 1 where memory ran out.
 int unspool_run(const unspool::Operation* operations, i64 count, const unspool::Step* step) {
-    const Machine machine(*step);
-    for (i64 i = 0; i < count; i++)
-        if (machine.run(operations[i])) return 1;
-    return 0;
+    struct Run {
+        const Machine machine;
+        const unspool::Operation* operations;
+        i64 count;
+        int failed;
+    } run{Machine(*step), operations, count, 0};
+    with_team(
+        run.machine.threads,
+        [](void* data) {
+            Run& run = *static_cast<Run*>(data);
+            for (i64 i = 0; i < run.count && !run.failed; i++) run.failed = run.machine.run(run.operations[i]);
+        },
+        &run);
+    return run.failed;
 }
 
 }  // extern "C"
