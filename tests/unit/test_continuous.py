@@ -836,7 +836,19 @@ def test_mistakes_that_concern_no_request(model: Any, expected: list[list[int]])
     assert manager.get_result("mine").generated_tokens == expected[0]
 
 
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+def test_what_cannot_be_called_is_refused(model: Any, name: str) -> None:
+    manager = make(model)
+    for wrong in (5, max, [0], [len, "x"]):
+        with pytest.raises(TypeError, match=f"{name} must"):
+            manager.add_request(PROMPTS[0], **{name: wrong})
+    assert not manager.step()
+
+
 def test_settings_of_managers(model: Any) -> None:
+    for name in ("max_requests_per_batch", "num_blocks"):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[1, "):
+            make(model, **{name: 10**9})
     with pytest.raises(ValueError, match="scheduler_type='best'"):
         make(model, scheduler_type="best")
     with pytest.raises(TypeError, match="Scheduler"):

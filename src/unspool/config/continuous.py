@@ -15,10 +15,10 @@ __all__ = ["ContinuousBatchingConfig"]
 
 _RANGES: dict[str, Check] = {
     "page_size": Check(int, 4),
-    "num_blocks": Check(int, 1),
+    "num_blocks": Check(int, 1, 2**24),
     "max_batch_tokens": Check(int, 1),
     "max_memory_percent": Check(float, 0, 1, open_low=True),
-    "max_requests_per_batch": Check(int, 1),
+    "max_requests_per_batch": Check(int, 1, 65536),
     "max_blocks_per_request": Check(int, 0),
     "q_padding_interval_size": Check(int, 0),
     "kv_padding_interval_size": Check(int, 0),

@@ -329,6 +329,17 @@ def _names(arguments: Arguments) -> list[str] | None:
     return None if arguments.adapter_name is None else [arguments.adapter_name]
 
 
+def _check_callables(name: str, given: Any) -> None:
+    """Raise `TypeError` for what is not a list of things to be called."""
+    if given is None:
+        return
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"{name} must be a list of callables, not {given!r}")
+    for one in given:
+        if not callable(one):
+            raise TypeError(f"{name} must hold callables, not {one!r}")
+
+
 def _check_arguments(arguments: Arguments) -> None:
     check_number("priority", arguments.priority, Check(int))
     if arguments.deadline is not None:
@@ -343,6 +354,8 @@ def _check_arguments(arguments: Arguments) -> None:
         hash(arguments.cache_salt)
     except TypeError:
         raise TypeError(f"cache_salt must be hashable, e.g. a text, not {arguments.cache_salt!r}") from None
+    for name in ("logits_processor", "stopping_criteria"):
+        _check_callables(name, getattr(arguments, name))
     streamer = arguments.streamer
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(f"streamer must have put() and end(), which {type(streamer).__name__} has not")

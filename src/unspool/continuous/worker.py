@@ -63,6 +63,8 @@ class Worker:
         """Raise `ManagerStopped` where no request can be taken any more."""
         if self._process != os.getpid():
             raise ManagerStopped("this manager belongs to the process that made it; make one in this process")
+        if isinstance(self.fatal, ManagerStopped):
+            raise ManagerStopped("the manager was destroyed; make a new one")
         if self.fatal is not None:
             raise ManagerStopped(f"the manager failed: {self.fatal!r}; make a new one") from self.fatal
         if self._stop is not None:
