@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -116,14 +117,101 @@ def test_calls_that_need_the_modules_own_cache_take_rows(monkeypatch: pytest.Mon
     assert tier(model, monkeypatch, **inputs) == "ragged"
     assert tier(model, monkeypatch, **inputs, num_beams=2) == "ragged"
     assert tier(model, monkeypatch, **inputs, prompt_lookup_num_tokens=2) == "ragged"
+    assert tier(model, monkeypatch, **inputs, return_dict_in_generate=True, output_scores=True) == "ragged"
     for needs in (
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"return_dict_in_generate": True},
+        {"return_dict_in_generate": True, "output_attentions": True},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
         {"past_key_values": transformers.DynamicCache(config=model.config)},
         {"attention_mask": inputs["attention_mask"].flip(1)},
     ):
         assert tier(model, monkeypatch, **{**inputs, **needs}) == "rows"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "gpt_bigcode"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"do_sample": True, "top_k": 9},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2, "do_sample": True},
+    ],
+)
+def test_outputs_are_those_of_transformers_with_its_cache(
+    name: str, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores, logits and keys and values, also of rows that ended before others."""
+    model = architecture(name)
+    inputs = prompts(9, 3, 5)
+    greedy = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    recorded = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    arguments = {
+        **inputs,
+        **mode,
+        **recorded,
+        "max_new_tokens": 9,
+        "eos_token_id": int(greedy[1, -2]),
+        "pad_token_id": 0,
+    }
+    assert tier(model, monkeypatch, **{**inputs, **mode, **recorded}) == "ragged"
+    torch.manual_seed(3)
+    expected = model.generate(**arguments)
+    torch.manual_seed(3)
+    found = unspool.wrap(model).generate(**arguments)
+    assert isinstance(found, type(expected))
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in ((found.scores, expected.scores), (found.logits, expected.logits)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert type(found.past_key_values) is unspool.DynamicCache
+    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    copies = mode.get("num_beams", 1)
+    seen = inputs["attention_mask"].repeat_interleave(copies, 0)
+    for one, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        true = torch.nn.functional.pad(seen, (0, 99), value=1)[:, : expected.past_key_values.get_seq_length()]
+        true = true[:, -one.keys.shape[2] :, None].bool()
+        for a, b in ((one.keys, other.keys), (one.values, other.values)):
+            torch.testing.assert_close(
+                a.transpose(1, 2)[true[..., 0]], b.transpose(1, 2)[true[..., 0]], rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_conversation_goes_on_with_the_cache_in_any_loop(name: str) -> None:
+    """What a ragged call hands back continues under transformers' own generate(), and under ours."""
+    model = architecture(name)
+    first = prompts(8, 5)
+    more = torch.randint(3, 97, (2, 4), generator=torch.Generator().manual_seed(9))
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    said = {}
+    for way in (model, unspool.wrap(model)):
+        out = way.generate(**first, **settings, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, more], dim=1)
+        mask = torch.nn.functional.pad(first["attention_mask"], (0, 9), value=1)
+        for later in (model, unspool.wrap(model)):
+            cache = copy.deepcopy(out.past_key_values)
+            said[way, later] = later.generate(ids, attention_mask=mask, past_key_values=cache, **settings).tolist()
+    assert len({str(one) for one in said.values()}) == 1
+
+
+def test_drafts_give_back_a_cache_too() -> None:
+    model = architecture("llama")
+    arguments = {**prompts(7, 4), "max_new_tokens": 8, "eos_token_id": None}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True}
+    out = unspool.wrap(model).generate(**arguments, prompt_lookup_num_tokens=3)
+    plain = unspool.wrap(model).generate(**arguments)
+    assert torch.equal(out.sequences, plain.sequences)
+    torch.testing.assert_close(out.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    for one, other in zip(out.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_cannot_be_handed_back_takes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek's own cache holds other things than attention sees."""
+    model = architecture("deepseek_v2")
+    assert tier(model, monkeypatch, **prompts(4, 6)) == "ragged"
+    assert tier(model, monkeypatch, **prompts(4, 6), return_dict_in_generate=True) == "rows"
 
 
 def test_hooks_and_a_preparation_of_the_users_own_take_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,6 +353,10 @@ class Foreign:
         parameter = inspect.signature(self.module.forward).parameters.get(self.cache_name)
         return parameter is not None and "Cache" in str(parameter.annotation)
 
+    def empty_cache(self) -> Any:
+        """A cache of the kind that the module gets when nobody asks for another."""
+        return self._make_cache(None, None, {}, 0)
+
     def _make_cache(self, kind: str | None, options: Any, inputs: dict[str, Any], columns: int) -> Any:
         config = self.text_config
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 
 from unspool.bridge.capture import Unfit
 from unspool.bridge.module import Foreign
+from unspool.bridge.past import is_own_cache, own_cache
 from unspool.bridge.ragged import RaggedModel, Shape, look
 from unspool.cache.arrange import layer_kinds
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
@@ -285,9 +286,21 @@ def _compare(foreign: Foreign, own: OwnPath) -> Verdict:
     store = PagedStore(model.spec.groups, blocks, dtype=model.dtype, device=model.device)
     found = _logits(rows, PagedRunner(model, store, model.device, rows, forks=True), following, foreign.device)
     distance = max(_distance(one, other) for one, other in zip(found, expected, strict=True))
-    if not distance <= _TOLERANCE.get(model.dtype, 1e-3):  # NaN is no agreement either
+    tolerance = _TOLERANCE.get(model.dtype, 1e-3)
+    if not distance <= tolerance:  # NaN is no agreement either
         return Verdict(None, f"its logits for flat tokens are not its own (they differ by {distance:.2g})")
-    return Verdict(shape, None)
+    return Verdict(replace(shape, gives_cache=_gives_cache(model, store, rows, mask, runner, tolerance)), None)
+
+
+def _gives_cache(
+    model: RaggedModel, store: PagedStore, rows: list[Sequence], mask: Tensor, own: Runner, tolerance: float
+) -> bool:
+    """Whether the module's own cache can be made of what is stored."""
+    try:
+        made = own_cache(model.foreign, model.layers, store, rows, mask.bool())
+    except (ValueError, IndexError, TypeError, RuntimeError):  # its layers are not numbered as it attends
+        return False
+    return is_own_cache(made, getattr(own, "past", None), tolerance)
 
 
 def _some_ids(vocab: int, count: int) -> list[int]:

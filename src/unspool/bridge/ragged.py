@@ -51,12 +51,14 @@ class Shape:
         layers: every call of a forward pass, in order.
         dtype, device: of keys and values.
         vocab: width of the logits.
+        gives_cache: what is stored of it can be handed back as its own cache.
     """
 
     layers: tuple[Layer, ...]
     dtype: torch.dtype
     device: torch.device
     vocab: int
+    gives_cache: bool = False
 
 
 class _Look:

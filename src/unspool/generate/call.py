@@ -34,12 +34,14 @@ class Abilities:
         shares_prompts: rows with the same prompt need it computed only once.
         traces: attention weights and hidden states come through the loop; otherwise the backend records them.
         inference_mode: computes in PyTorch's inference mode where the caller does not see its tensors.
+        past_is_rectangle: the keys and values of rows that ended go on as long as others, where they are handed back.
         prompt_budget: prompt tokens to compute in one step when the caller names no chunk; `None` takes all.
     """
 
     shares_prompts: bool = True
     traces: bool = True
     inference_mode: bool = True
+    past_is_rectangle: bool = False
     # enough to keep matrix products at full speed and ordinary batches whole, few enough to bound activations
     prompt_budget: int | None = 8192
 
@@ -226,7 +228,8 @@ class Call:
     def every_row(self) -> bool:
         """Whether somebody must see every row in every step, those that ended too."""
         recorded = self.tracer is not None or self.kept.scores is not None or self.kept.logits is not None
-        return recorded or not self.processors.row_independent
+        whole = self.detailed and self.backend.abilities.past_is_rectangle
+        return recorded or whole or not self.processors.row_independent
 
     @property
     def steps(self) -> int:

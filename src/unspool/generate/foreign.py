@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unspool.bridge.drafts import DraftRows
 from unspool.bridge.module import Foreign
 from unspool.bridge.probe import Verdict, judge
-from unspool.bridge.ragged import RaggedModel
+from unspool.bridge.ragged import RaggedModel, Shape
 from unspool.bridge.rows import Record, RowsRunner
 from unspool.cache import PastKeyValues
 from unspool.config import GenerationConfig, resolve
@@ -30,7 +30,7 @@ from unspool.generate.outputs import (
     GenerateEncoderDecoderOutput,
     GenerateOutput,
 )
-from unspool.generate.ragged import RaggedBackend, needs_rows
+from unspool.generate.ragged import RaggedBackend, inputs_need_rows, needs_rows
 from unspool.generate.reading import Arguments, Reading
 
 
@@ -50,11 +50,18 @@ class ForeignSource:
     def read(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
         """See `Source`; runs the encoder where there is one, and probes the module where that was not done yet."""
         reading = self.read_rows(arguments, config, copies)
-        if needs_rows(arguments, config, reading.prompts) is None:
-            shape = self.verdict().shape
-            if shape is not None:
-                reading.backend = RaggedBackend(RaggedModel(self.foreign, shape), reading.backend)
+        shape = self.shape_for(config) if inputs_need_rows(arguments, reading.prompts) is None else None
+        if shape is not None:
+            model = RaggedModel(self.foreign, shape)
+            reading.backend = RaggedBackend(model, reading.backend, config, reading.prompts)
         return reading
+
+    def shape_for(self, config: GenerationConfig) -> Shape | None:
+        """What the module's attention is asked for, where a call with such settings can run ragged."""
+        if needs_rows(config, gives_cache=True) is not None:
+            return None
+        shape = self.verdict().shape
+        return None if shape is None or needs_rows(config, shape.gives_cache) is not None else shape
 
     def verdict(self) -> Verdict:
         """Whether the module can run ragged, and why not."""

@@ -285,7 +285,7 @@ def _guidance(
 def _check_filler(call: Call) -> None:
     """Raise `ValueError` where rows that ended would have to be fed a token that the model does not have."""
     ends = call.limits.eos or call.limits.criteria
-    fed = call.every_row and call.backend.abilities.traces and len(call.prompts.tokens) > 1 and ends
+    fed = call.every_row and call.backend.abilities.shares_prompts and len(call.prompts.tokens) > 1 and ends
     if fed and not 0 <= call.filler < call.backend.vocab and int(call.config.num_beams or 1) == 1:
         raise ValueError(
             f"pad_token_id={call.filler} is none of the model's {call.backend.vocab} tokens, and rows that ended go on "

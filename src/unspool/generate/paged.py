@@ -64,7 +64,7 @@ class PagedBackend:
                         store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
         return PagedRunner(self._steps, store, self.device, rows, forks=forks, alike=copies if alike else 1)
 
-    def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues:
+    def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues | None:
         """See `Backend`."""
         assert isinstance(runner, PagedRunner)
         stored = [PastRow(row.tokens[: row.computed], row.computed, row.blocks, row.adapter) for row in rows]

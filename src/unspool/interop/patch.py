@@ -285,5 +285,4 @@ def _cannot_draft(module: Any, given: dict[str, Any], rest: dict[str, Any], conf
 def _cannot_go_back(module: Any, rows: int, config: GenerationConfig) -> str | None:
     """Why rows of a module cannot lose tokens again; `None` when they can."""
     reason = Foreign(module).cannot_draft(rows)
-    ragged = reason is not None and not config.return_dict_in_generate and ForeignSource(module).verdict().shape
-    return None if ragged else reason
+    return None if reason is None or ForeignSource(module).shape_for(config) is not None else reason
