@@ -21,6 +21,7 @@ from unspool.bridge import probe
 from unspool.bridge.capture import answered
 from unspool.bridge.rows import RowsRunner
 from unspool.decode.runner import PagedRunner
+from unspool.logits import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from unspool.kernels import plain
 
 PROPERTY = vars(PreTrainedConfig)["_attn_implementation"]
@@ -205,6 +206,66 @@ def test_drafts_give_back_a_cache_too() -> None:
     torch.testing.assert_close(out.logits, plain.logits, rtol=1e-4, atol=1e-4)
     for one, other in zip(out.past_key_values.layers, plain.past_key_values.layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_attentions_and_hidden_states_of_drafts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the tokens had come one by one: what transformers gives for one row without drafts."""
+    model = architecture(name)
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 9, 11, 5, 9, 11, 5, 9]])
+    wanted = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "eos_token_id": None}
+    expected = model.generate(**arguments, **wanted, do_sample=False)
+    drafts = {"assistant_model": model, "assistant_confidence_threshold": 0.0, "num_assistant_tokens": 3}
+    assert unspool.wrap(model).unspool_report().tier == "ragged"  # the hooks that transformers leaves stay idle
+    for way in (drafts, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}):
+        found = unspool.wrap(model).generate(**arguments, **wanted, **way)
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(found.hidden_states, expected.hidden_states, rtol=1e-4, atol=1e-4)
+        for step, other in zip(found.attentions, expected.attentions, strict=True):
+            for layer, theirs in zip(step, other, strict=True):
+                torch.testing.assert_close(layer, theirs[..., -layer.shape[-1] :], rtol=1e-4, atol=1e-4)
+        with unspool.enabled():
+            assert torch.equal(model.generate(**arguments, **wanted, **way).sequences, expected.sequences)
+    assert tier(model, monkeypatch, input_ids=ids, **wanted) == "rows"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_guidance_is_rows_of_the_same_batch(name: str, do_sample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, scores and cache are transformers', which runs the module twice; with drafts, the text without them."""
+    model = architecture(name)
+    inputs = prompts(8, 3, 5)
+    negative = torch.randint(3, 97, (3, 4), generator=torch.Generator().manual_seed(2))
+    arguments = {**inputs, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None, "guidance_scale": 1.6}
+    wanted = {"return_dict_in_generate": True, "output_scores": True}
+    for own in ({}, {"negative_prompt_ids": negative}):
+        torch.manual_seed(3)
+        expected = model.generate(**arguments, **own, **wanted, do_sample=do_sample)
+        torch.manual_seed(3)
+        monkeypatch.delattr(UnbatchedClassifierFreeGuidanceLogitsProcessor, "__call__")  # which runs the module
+        found = unspool.wrap(model).generate(**arguments, **own, **wanted, do_sample=do_sample)
+        monkeypatch.undo()
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+        for one, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            torch.testing.assert_close(one.keys[0], other.keys[0], rtol=1e-4, atol=1e-4)
+        if not do_sample:
+            drafts = {"assistant_model": model, "assistant_confidence_threshold": 0.0, "num_assistant_tokens": 4}
+            for way in (drafts, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}):
+                assert torch.equal(unspool.wrap(model).generate(**arguments, **own, **way), expected.sequences)
+
+
+def test_padded_negative_prompts_and_guided_beams_are_those_of_transformers() -> None:
+    model = architecture("llama")
+    negative = prompts(5, 2)
+    arguments = {**prompts(6, 4), "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0, "guidance_scale": 1.5}
+    padded = {"negative_prompt_ids": negative["input_ids"]}
+    padded["negative_prompt_attention_mask"] = negative["attention_mask"]
+    for more in (padded, {"num_beams": 2}):
+        expected = model.generate(**arguments, **more, do_sample=False)
+        assert torch.equal(unspool.wrap(model).generate(**arguments, **more, do_sample=False), expected)
 
 
 def test_a_cache_that_cannot_be_handed_back_takes_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,16 @@ _NAME = "unspool"
 
 # Arguments of attention functions that do not change what the attention is.
 _HARMLESS = frozenset(
-    ("position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep", "position_embeddings", "is_causal")
+    (
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "return_dict",
+        "logits_to_keep",
+        "position_embeddings",
+        "is_causal",
+        "output_hidden_states",
+    )
 )
 
 

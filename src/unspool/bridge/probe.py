@@ -242,7 +242,7 @@ def _state(foreign: Foreign) -> tuple[_State, str | None]:
 def _settled(part: nn.Module) -> str | None:
     """What about one part of a module needs its own way."""
     own = part.__dict__
-    if part._forward_hooks or part._forward_pre_hooks:
+    if part._forward_pre_hooks or any(map(_looks, part._forward_hooks.values())):
         return _WATCHED
     if (
         own.get("_compiled_call_impl") is not None
@@ -253,6 +253,11 @@ def _settled(part: nn.Module) -> str | None:
     if part.training and isinstance(part, nn.Dropout) and part.p > 0:
         return "it drops out, as in training"  # with draws that depend on the rectangle
     return None
+
+
+def _looks(hook: Any) -> bool:
+    """Whether a forward hook may look; those stay idle that transformers leaves where hidden states were asked for."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _probe(foreign: Foreign, own: OwnPath) -> Verdict:

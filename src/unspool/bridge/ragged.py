@@ -133,11 +133,16 @@ class RaggedModel:
         given = _arguments(batch.tokens, batch.positions)
         if keep is not None and self._keeps:
             given["logits_to_keep"] = keep
+        if batch.trace is not None:
+            given["output_hidden_states"] = True
         step = _Step(batch.attend, self.layers)
         with answered(step):
             output = self.foreign.call(given)
         if step.at != len(self.layers):
             raise Unfit("its layers differ from step to step")
+        if batch.trace is not None:
+            for hidden in getattr(output, "hidden_states", None) or ():
+                batch.trace.append(hidden[0])
         logits = self.foreign.logits(output)[0]
         return logits if keep is None or self._keeps else logits.index_select(0, keep)
 

@@ -172,7 +172,7 @@ def set_up_assisted(call: Call) -> Setup:
 
 
 def _refuse_foreign(call: Call) -> None:
-    """Raise `Unsupported` for what goes with drafts on native models alone."""
+    """Raise `Unsupported` for what goes with drafts only where the loop itself sees attentions and adds rows."""
     guided = any(isinstance(one, UnbatchedClassifierFreeGuidanceLogitsProcessor) for one in call.processors)
     kind = call.config.cache_implementation
     for name, wrong in (
@@ -184,8 +184,8 @@ def _refuse_foreign(call: Call) -> None:
     ):
         if wrong:
             raise Unsupported(
-                f"{name} and drafts (assistant_model, prompt_lookup_num_tokens) go together on native models only; "
-                "leave one of them out, or load the checkpoint with unspool.load"
+                f"{name} and drafts (assistant_model, prompt_lookup_num_tokens) go together on native models, and on "
+                "modules that run ragged (see unspool_report()) with input_ids and attention_mask alone; leave one out"
             )
 
 

@@ -54,13 +54,11 @@ class Exits:
         layers: how many layers there are; hidden states number 0 enter the first, and this many leaves the final norm.
         tied: the head's weight is the embedding's.
         head: logits `[n, vocab]` of hidden states `[n, hidden]` of any layer.
-        windows: for each layer how many keys a query sees at most, or `None` for all.
     """
 
     layers: int
     tied: bool
     head: Callable[[Tensor], Tensor]
-    windows: list[int | None]
 
 
 class Backend(Protocol):
@@ -72,6 +70,7 @@ class Backend(Protocol):
         vocab: how many tokens there are.
         positions: most tokens of a row.
         recompute_past: see `ModelSpec`.
+        windows: for each layer how many keys a query sees at most, or `None` for all; empty where nothing is traced.
     """
 
     abilities: Abilities
@@ -79,6 +78,9 @@ class Backend(Protocol):
     vocab: int
     positions: int | float
     recompute_past: int | None
+
+    @property
+    def windows(self) -> Items[int | None]: ...
 
     def runner(
         self,
@@ -204,8 +206,7 @@ class Call:
         wanted = self.detailed and (heads or hidden) and self.backend.abilities.traces
         self.tracer = None
         if wanted and self.mode is GenerationMode.ASSISTED_GENERATION:
-            windows = self.backend.exits().windows
-            self.tracer = DraftTracer(len(self.prompts.tokens), self.copies, heads, hidden, windows)
+            self.tracer = DraftTracer(len(self.prompts.tokens), self.copies, heads, hidden, self.backend.windows)
         elif wanted:
             self.tracer = Tracer(len(self.prompts.tokens), self.copies, heads, hidden)
 

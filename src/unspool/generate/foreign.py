@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Items
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -50,18 +51,20 @@ class ForeignSource:
     def read(self, arguments: Arguments, config: GenerationConfig, copies: int) -> Reading:
         """See `Source`; runs the encoder where there is one, and probes the module where that was not done yet."""
         reading = self.read_rows(arguments, config, copies)
-        shape = self.shape_for(config) if inputs_need_rows(arguments, reading.prompts) is None else None
+        shape = (
+            self.shape_for(config, arguments.assisted) if inputs_need_rows(arguments, reading.prompts) is None else None
+        )
         if shape is not None:
             model = RaggedModel(self.foreign, shape)
             reading.backend = RaggedBackend(model, reading.backend, config, reading.prompts)
         return reading
 
-    def shape_for(self, config: GenerationConfig) -> Shape | None:
-        """What the module's attention is asked for, where a call with such settings can run ragged."""
-        if needs_rows(config, gives_cache=True) is not None:
+    def shape_for(self, config: GenerationConfig, assisted: bool) -> Shape | None:
+        """What the module's attention is asked for, where a call with such settings (and drafts) can run ragged."""
+        if needs_rows(config, assisted, gives_cache=True) is not None:
             return None
         shape = self.verdict().shape
-        return None if shape is None or needs_rows(config, shape.gives_cache) is not None else shape
+        return None if shape is None or needs_rows(config, assisted, shape.gives_cache) is not None else shape
 
     def verdict(self) -> Verdict:
         """Whether the module can run ragged, and why not."""
@@ -259,6 +262,7 @@ class RowsBackend:
     abilities = Abilities(shares_prompts=False, traces=False, inference_mode=False, prompt_budget=None)
     positions = math.inf
     recompute_past: int | None = None
+    windows: Items[int | None] = ()
     vocab: int
 
     def __init__(

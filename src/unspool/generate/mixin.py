@@ -26,7 +26,7 @@ from unspool.generate.guidance import read_negative
 from unspool.generate.inputs import Prompts
 from unspool.generate.native import NativeSource
 from unspool.generate.outputs import GenerateOutput
-from unspool.generate.reading import Arguments, Source
+from unspool.generate.reading import Arguments, Reading, Source
 from unspool.generate.report import Report, report_on
 from unspool.generate.scores import compute_transition_scores
 from unspool.generate.static import run
@@ -138,7 +138,8 @@ class GenerationMixin:
             for name in own:
                 del kwargs[name]
             resolved = resolve(kwargs, generation_config, getattr(self, "generation_config", None))
-            arguments = Arguments(inputs, resolved.unused)
+            assisted = mode_of(resolved.config, assistant_model is not None) is GenerationMode.ASSISTED_GENERATION
+            arguments = Arguments(inputs, resolved.unused, assisted)
             given = Given(
                 logits_processor,
                 stopping_criteria,
@@ -152,7 +153,7 @@ class GenerationMixin:
             module = self if isinstance(self, nn.Module) else getattr(self, "_module", source.module)
             synced = check_synced(synced_gpus, module)
             if synced:
-                _refuse_synced(resolved.config, assistant_model is not None, source)
+                _refuse_synced(resolved.config, assisted, source)
             call = self._prepare(arguments, resolved, given)
             call.synced = synced
             if custom_generate is None:
@@ -196,7 +197,7 @@ class GenerationMixin:
             resolved, columns, max_positions=source.max_positions, beyond=source.beyond, embeds_length=reading.embeds
         )
         config.max_length, config.min_length = lengths.max_length, lengths.min_length
-        guidance, negative = _guidance(config, source, prompts, copies, given)
+        guidance, negative = _guidance(config, source, reading, copies, given, arguments.assisted)
         processors = build_processors(
             config,
             prompt_length=columns,
@@ -264,16 +265,21 @@ class GenerationMixin:
 
 
 def _guidance(
-    config: GenerationConfig, source: Source, prompts: Prompts, copies: int, given: Given
+    config: GenerationConfig, source: Source, reading: Reading, copies: int, given: Given, assisted: bool
 ) -> tuple[ProcessorLike | None, tuple[Tensor, Tensor] | None]:
-    """What guides the scores, and the negative prompts that rows are added for, when guidance is asked for."""
+    """What guides the scores, and the negative prompts that rows are added for, when guidance is asked for.
+
+    Rows are added where the backend has a place for them, unless that would not be transformers' text: there padding of
+    a negative prompt counts as positions, and beams share one past of it.
+    """
     if not is_guided(config):
         if given.negative_ids is not None or given.negative_mask is not None:
             warn_once("negative_prompt_ids and negative_prompt_attention_mask have no effect without guidance_scale")
         return None, None
     scale = float(config.guidance_scale or 1.0)
-    ids, mask = read_negative(given.negative_ids, given.negative_mask, prompts, copies, source.vocab_size)
-    if source.unconditional is None:
+    ids, mask = read_negative(given.negative_ids, given.negative_mask, reading.prompts, copies, source.vocab_size)
+    plain = assisted or (int(config.num_beams or 1) == 1 and bool(mask.all()))
+    if source.unconditional is None or (plain and reading.backend.abilities.shares_prompts):
         return GuidanceLogitsProcessor(scale), (ids, mask)
     own = given.negative_ids is None
     processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(
@@ -307,7 +313,7 @@ _INPUTS = {
 def _refuse_synced(config: GenerationConfig, assisted: bool, source: Source) -> None:
     """Raise `Unsupported` where a step may run the model more than once, which other processes could not follow."""
     extra = is_guided(config) and source.module is not None
-    if extra or config.token_healing or mode_of(config, assisted) is GenerationMode.ASSISTED_GENERATION:
+    if extra or config.token_healing or assisted:
         raise Unsupported(
             "synced_gpus keeps processes in step by one run of the model in each; leave out drafts, token_healing, and "
             "guidance_scale on modules that are not ours"

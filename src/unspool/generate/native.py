@@ -51,12 +51,7 @@ class NativeBackend(PagedBackend):
 
     def exits(self) -> Exits:
         """See `Backend`."""
-        spec = self.model.spec
-        windows: list[int | None] = [None] * spec.layers
-        for group in spec.groups:
-            for layer in group.layers:
-                windows[layer] = group.window
-        return Exits(spec.layers, self.model.tied, self.model.lm_head, windows)
+        return Exits(self.model.spec.layers, self.model.tied, self.model.lm_head)
 
     def first_layers(self, layers: int) -> NativeBackend:
         """See `Backend`."""

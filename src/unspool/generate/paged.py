@@ -64,6 +64,12 @@ class PagedBackend:
                         store.adopt(row, past.store, old, _common(row.tokens, old.tokens[: old.computed]))
         return PagedRunner(self._steps, store, self.device, rows, forks=forks, alike=copies if alike else 1)
 
+    @property
+    def windows(self) -> list[int | None]:
+        """See `Backend`."""
+        of = {layer: group.window for group in self._decoder.spec.groups for layer in group.layers}
+        return [of[layer] for layer in sorted(of)]
+
     def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues | None:
         """See `Backend`."""
         assert isinstance(runner, PagedRunner)

@@ -30,7 +30,7 @@ class RaggedBackend(PagedBackend):
         config, prompts: of the call.
     """
 
-    abilities = Abilities(traces=False, inference_mode=False, past_is_rectangle=True)
+    abilities = Abilities(inference_mode=False, past_is_rectangle=True)
 
     def __init__(self, model: RaggedModel, rows: Backend, config: GenerationConfig, prompts: Prompts) -> None:
         super().__init__(model)
@@ -54,7 +54,8 @@ class RaggedBackend(PagedBackend):
             return result
         assert self._run is not None
         rows, runner = self._run
-        made = own_cache(self._model.foreign, self._model.layers, runner.store, rows, self._prompts.mask)
+        mask = self._prompts.mask
+        made = own_cache(self._model.foreign, self._model.layers, runner.store, rows[: len(mask)], mask)
         values = {one.name: getattr(result, one.name) for one in fields(result)}
         return type(result)(**{**values, "past_key_values": made})
 
@@ -75,14 +76,16 @@ class RaggedBackend(PagedBackend):
         return self._rows.first_layers(layers)
 
 
-def needs_rows(config: GenerationConfig, gives_cache: bool) -> str | None:
+def needs_rows(config: GenerationConfig, assisted: bool, gives_cache: bool) -> str | None:
     """Why what is asked for comes from the module's own cache or outputs; `None` when it need not.
 
     Args:
         config: of the call.
+        assisted: drafts are checked, of which the module's own outputs would have to be cut up.
         gives_cache: see `bridge.ragged.Shape`.
     """
-    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+    traced = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
+    if traced and not assisted:
         return "output_attentions and output_hidden_states are its own outputs"
     if config.return_dict_in_generate and config.use_cache and not gives_cache:
         return "return_dict_in_generate returns its own past_key_values"

@@ -24,10 +24,12 @@ class Arguments:
         tokenizer: as passed.
         assistant_tokenizer: as passed.
         rest: the model's inputs by name.
+        assisted: drafts are to be checked.
     """
 
-    def __init__(self, inputs: Any, unused: dict[str, Any]) -> None:
+    def __init__(self, inputs: Any, unused: dict[str, Any], assisted: bool = False) -> None:
         self.inputs = inputs
+        self.assisted = assisted
         self.rest = dict(unused)
         self.tokenizer = self.rest.pop("tokenizer", None)
         self.assistant_tokenizer = self.rest.pop("assistant_tokenizer", None)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unspool.bridge.module import Foreign
-from unspool.config import GenerationConfig, GenerationMode, resolve
+from unspool.config import GenerationConfig, GenerationMode, Resolved, resolve
 from unspool.config.mode import mode_of
 from unspool.continuous import ContinuousMixin
 from unspool.errors import Unsupported
@@ -31,6 +31,7 @@ from unspool.generate.report import report_on
 from unspool.interop import inner
 from unspool.interop.notes import note
 from unspool.interop.versions import check_version
+from unspool.logits import is_guided
 
 __all__ = ["disable", "enable", "enabled", "inside", "is_plain", "unserved"]
 
@@ -51,6 +52,8 @@ _OWN_WAY = (
     "_validate_generation_mode",
     "_extract_generation_mode_kwargs",
 )
+# Inputs that are text alone, and what goes with them.
+_TEXT = {"input_ids", "attention_mask", "tokenizer", "assistant_tokenizer"}
 # And one that replaces one of these needs its own loop too.
 _OWN_LOOP = ("_prefill", "_has_unfinished_sequences")
 
@@ -259,30 +262,39 @@ def _declined(module: Any, given: dict[str, Any], rest: dict[str, Any]) -> str |
     if rest.get("cache_implementation") == "paged":
         return "cache_implementation='paged' asks for transformers' continuous batching"
     try:
-        config = resolve(rest, given.get("generation_config"), getattr(module, "generation_config", None)).config
+        resolved = resolve(rest, given.get("generation_config"), getattr(module, "generation_config", None))
     except Unsupported as error:
         return str(error)
+    config = resolved.config
     mode = mode_of(config, given.get("assistant_model") is not None)
     if mode in (GenerationMode.CONTRASTIVE_SEARCH, GenerationMode.DOLA_GENERATION):
         return f"{mode.value} needs the hidden states of a native model"
-    return _cannot_draft(module, given, rest, config) if mode is GenerationMode.ASSISTED_GENERATION else None
+    return _cannot_draft(module, given, resolved) if mode is GenerationMode.ASSISTED_GENERATION else None
 
 
-def _cannot_draft(module: Any, given: dict[str, Any], rest: dict[str, Any], config: GenerationConfig) -> str | None:
+def _cannot_draft(module: Any, given: dict[str, Any], resolved: Resolved) -> str | None:
     """Why drafts are left to transformers; `None` when they are not."""
-    assistant = given.get("assistant_model")
+    assistant, config, inputs = given.get("assistant_model"), resolved.config, resolved.unused
     if config.assistant_early_exit is not None or config.use_mtp:
         return "assistant_early_exit and use_mtp draft with the model's own parts"
     foreign = Foreign(module)
     if assistant is not None and (foreign.encoder_decoder or Foreign(assistant).encoder_decoder):
         return "the assistant of an encoder-decoder shares its encoder"
-    ids = given.get("inputs", rest.get("input_ids"))
+    traced = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
+    if (traced or is_guided(config)) and not (_is_ragged(module, config) and inputs.keys() <= _TEXT):
+        return "its drafts can be guided, and their attentions and hidden states told, in ragged calls only"
+    ids = given.get("inputs", inputs.get("input_ids"))
     rows = ids.shape[0] * int(config.num_return_sequences or 1) if isinstance(ids, Tensor) else 1
     both = (module,) if assistant is None else (module, assistant)
     return next((reason for one in both if (reason := _cannot_go_back(one, rows, config)) is not None), None)
 
 
+def _is_ragged(module: Any, config: GenerationConfig) -> bool:
+    """Whether drafts of a module are checked over our own store."""
+    return ForeignSource(module).shape_for(config, assisted=True) is not None
+
+
 def _cannot_go_back(module: Any, rows: int, config: GenerationConfig) -> str | None:
     """Why rows of a module cannot lose tokens again; `None` when they can."""
     reason = Foreign(module).cannot_draft(rows)
-    return None if reason is None or ForeignSource(module).shape_for(config) is not None else reason
+    return None if reason is None or _is_ragged(module, config) else reason
