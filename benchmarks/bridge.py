@@ -1,15 +1,25 @@
 """How much faster modules of transformers decode through unspool than by themselves, as a table of ratios.
 
     python benchmarks/bridge.py [one eight rows ...] [--rounds 5] [--threads 2] [--patience 60] [--quick]
+    python benchmarks/bridge.py sweep [t5 bart ...] [--rounds 9] [--new 48]
 
 Both sides run the same module in one process, in turn; see `modes.py`, whose way of measuring this is. `one` and
 `eight` are the ragged tier on the SmolLM2-135M shape in bf16; the names of architectures (of `tests/architectures.py`)
 are the rows tier on small models, where what a step costs besides the module shows most.
+
+`sweep` goes over all architectures (or those named) on tiny shapes, with one thread, in the tier that they take and, for
+those that run ragged, in rows too. It compares the time of the process, which other processes disturb least: medians over
+rounds in turn, and the ten slowest at the end.
 """
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import sys
+import time
+import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,8 +65,55 @@ def rows(name: str, quick: bool) -> Pair:
 
     architecture = next(one for one in ARCHITECTURES if one.model_type == name)
     new = 8 if quick else 96
-    given = {**architecture.inputs(), "max_new_tokens": new, "min_new_tokens": new, "return_dict_in_generate": True}
-    return sides(architecture.make(), given, "rows")
+    given = {**architecture.inputs(), "max_new_tokens": new, "min_new_tokens": new}
+    return sides(model := architecture.make(), {**given, **in_rows(model)}, "rows")
+
+
+def in_rows(model: Any) -> dict[str, Any]:
+    """A setting that asks for the module's own cache, where it would not have that anyway."""
+    import unspool
+
+    ragged = unspool.wrap(model).unspool_report().tier == "ragged"
+    return {"cache_implementation": "dynamic"} if ragged else {}
+
+
+def sweep(names: list[str], rounds: int, new: int) -> None:
+    """Print, for each architecture, how much of a call's own time transformers needs of ours."""
+    from architectures import ARCHITECTURES
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found: list[tuple[float, str]] = []
+    for architecture in ARCHITECTURES:
+        if names and architecture.model_type not in names:
+            continue
+        for name, pair in both_tiers(architecture, new):
+            ratios = []
+            for once in range(-1, rounds):
+                times = []
+                for side in (pair.ours, pair.other) if once % 2 else (pair.other, pair.ours):
+                    began = time.process_time()
+                    side()
+                    times.append(time.process_time() - began)
+                ratios.append(times[1] / times[0] if once % 2 else times[0] / times[1])
+            median = statistics.median(ratios[1:])  # the first made ready
+            found.append((median, name))
+            print(f"{name:<32} {median:.2f}  ({min(ratios[1:]):.2f} to {max(ratios[1:]):.2f})", flush=True)
+    print(f"\nmedian {statistics.median(ratio for ratio, _ in found):.2f}; the ten slowest:")
+    for median, name in sorted(found)[:10]:
+        print(f"{name:<32} {median:.2f}")
+
+
+def both_tiers(architecture: Any, new: int) -> Iterator[tuple[str, Pair]]:
+    """A model's greedy call in the tier that it takes, and in rows where that is another one."""
+    import unspool
+
+    model = architecture.make()
+    given = {**architecture.inputs(), "max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    tier = unspool.wrap(model).unspool_report().tier
+    yield f"{architecture.model_type}, {tier}", sides(model, given, tier)
+    if tier == "ragged":
+        yield f"{architecture.model_type}, rows", sides(model, {**given, **in_rows(model)}, "rows")
 
 
 def every() -> dict[str, Mode]:
@@ -72,6 +129,14 @@ def every() -> dict[str, Mode]:
 
 
 if __name__ == "__main__":
+    if "sweep" in sys.argv[1:2]:
+        parser = argparse.ArgumentParser(description="All architectures on tiny shapes.")
+        parser.add_argument("names", nargs="*", metavar="MODEL_TYPE")
+        parser.add_argument("--rounds", type=int, default=9)
+        parser.add_argument("--new", type=int, default=48, help="tokens of each call")
+        chosen = parser.parse_args(sys.argv[2:])
+        sweep(chosen.names, chosen.rounds, chosen.new)
+        sys.exit()
     modes.MODES = every()
     modes.__doc__ = __doc__
     modes.main()

@@ -166,7 +166,7 @@ def test_mistakes_are_refused(pair: Pair) -> None:
             PROMPTS, negative_prompt_ids=NEGATIVE, negative_prompt_attention_mask=0 * NEGATIVE_MASK, **kwargs
         )
     with pytest.raises(unspool.errors.Unsupported, match="guidance_scale and drafts"):
-        unspool.wrap(pair[1]).generate(PROMPTS, prompt_lookup_num_tokens=3, **kwargs)
+        unspool.wrap(pair[1]).generate(PROMPTS, prompt_lookup_num_tokens=3, cache_implementation="dynamic", **kwargs)
     with pytest.raises(ValueError, match="at least one column"):
         model.generate(PROMPTS, negative_prompt_ids="no", **kwargs)
     assert model.generate(PROMPTS, **kwargs).shape == (3, 8)

@@ -479,11 +479,15 @@ def test_drafts(family: str, rows: int, how: str, tmp_path: Path, monkeypatch: p
         drafts["assistant_model"].generation_config.assistant_confidence_threshold = 0.0
     assert torch.equal(unspool.wrap(model).generate(**arguments, **drafts), expected)
     assert fed == []
-    if family == "mistral" and rows > 1:  # its own cache is wanted, which cannot
+    recorded: dict[str, Any] = {"return_dict_in_generate": True}
+    assert torch.equal(unspool.wrap(model).generate(**arguments, **recorded, **drafts).sequences, expected)
+    assert fed == []
+    recorded["cache_implementation"] = "dynamic"  # its own
+    if family == "mistral" and rows > 1:  # which cannot
         with pytest.raises(unspool.Unsupported, match="one row at a time"):
-            unspool.wrap(model).generate(**arguments, **drafts, return_dict_in_generate=True)
+            unspool.wrap(model).generate(**arguments, **drafts, **recorded)
         return
-    found = unspool.wrap(model).generate(**arguments, return_dict_in_generate=True, **drafts)
+    found = unspool.wrap(model).generate(**arguments, **recorded, **drafts)
     assert torch.equal(found.sequences, expected)
     assert max(fed[0] - 9, *fed[1:]) > 1
     if how != "lookup":
