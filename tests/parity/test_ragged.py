@@ -21,8 +21,8 @@ from unspool.bridge import probe
 from unspool.bridge.capture import answered
 from unspool.bridge.rows import RowsRunner
 from unspool.decode.runner import PagedRunner
-from unspool.logits import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from unspool.kernels import plain
+from unspool.logits import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 PROPERTY = vars(PreTrainedConfig)["_attn_implementation"]
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +80,7 @@ class Foreign:
         self.from_transformers = theirs is not None and isinstance(module, theirs)
         # a wrapper's forward takes anything: its hook tells, or the module inside
         self.arguments, self.open = _arguments(module.forward)
-        self._prepared: set[str] | None = None  # what prepare_inputs_for_generation takes, once it was asked
+        self._prepared: frozenset[str] | None = None  # what prepare_inputs_for_generation takes, once it was asked
         if not self.open and not self.arguments & {self.ids_name, "inputs_embeds", "input_ids"}:
             raise TypeError(
                 f"{type(module).__name__}.forward takes no {self.ids_name}; generation needs "
@@ -107,7 +109,7 @@ class Foreign:
         found = _entry(self.config, name)
         return found if found is not None else _entry(self.text_config, name)
 
-    @property
+    @cached_property
     def text_config(self) -> Any:
         """The configuration of the decoder."""
         read = getattr(self.config, "get_text_config", None)
@@ -138,8 +140,9 @@ class Foreign:
         """
         validate = self.hook("_validate_model_kwargs")
         prepare = self.hook("prepare_inputs_for_generation")
-        known, open_ended = _arguments(prepare) if prepare is not None else (set[str](), True)
-        known |= self.arguments | {"inputs_embeds", "decoder_input_ids", "decoder_attention_mask", "encoder_outputs"}
+        named, open_ended = _arguments(prepare) if prepare is not None else (frozenset[str](), True)
+        encoded = {"inputs_embeds", "decoder_input_ids", "decoder_attention_mask", "encoder_outputs"}
+        known = {*named, *self.arguments, *encoded}
         wrong = [name for name, value in inputs.items() if value is not None and name not in known]
         if validate is not None:
             try:
@@ -358,16 +361,15 @@ class Foreign:
         return self._make_cache(None, None, {}, 0)
 
     def _make_cache(self, kind: str | None, options: Any, inputs: dict[str, Any], columns: int) -> Any:
-        config = self.text_config
         try:
-            layer_kinds(config)
+            config: Any = layer_kinds(self.config)
         except (ValueError, Unsupported):
             if kind not in (None, "dynamic"):
                 raise
             theirs = getattr(sys.modules.get("transformers"), "DynamicCache", None)
             if not self.from_transformers or theirs is None:
                 return DynamicCache()
-            return theirs(config=config)
+            return theirs(config=self.text_config)
         length = max(columns, 1)
         make: dict[str | None, Callable[[], Any]] = {
             None: lambda: DynamicCache(config=config),
@@ -453,11 +455,21 @@ def _quantized_options(options: Any) -> dict[str, Any]:
     return dict(options or {})
 
 
-def _arguments(function: Callable[..., Any]) -> tuple[set[str], bool]:
+# Of methods, by what they are made from: to read a signature takes longer than to prepare a call.
+_known: WeakKeyDictionary[Any, tuple[frozenset[str], bool]] = WeakKeyDictionary()
+
+
+def _arguments(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
     """Names of a function's arguments, and whether it takes any other too."""
+    method = getattr(function, "__func__", None)
+    if method is not None and method in _known:
+        return _known[method]
     parameters = inspect.signature(function).parameters.values()
-    named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    found = named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if method is not None:
+        _known[method] = found
+    return found
 
 
 def _entry(config: Any, name: str) -> Any:

@@ -19,7 +19,10 @@ def layer_kinds(config: Any) -> list[tuple[str, int | None, int]]:
     """For each layer of a model's decoder its kind, its window and its number of convolution states.
 
     The kinds are those of transformers' `layer_types`; where the configuration has none, a window or its absence tells.
+    What this function gave is taken for a configuration too, since to read one again may cost a copy of it.
     """
+    if isinstance(config, list):
+        return config
     read = _reader(config)
     text = read("get_text_config")
     if callable(text):

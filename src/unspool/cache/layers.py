@@ -16,6 +16,9 @@ __all__ = ["DynamicLayer", "Layer", "SlidingLayer", "StaticLayer", "StaticSlidin
 # Tokens of room that a growing layer takes at least, beyond what it must hold.
 _SPARE = 128
 
+# Bytes of keys or values that are sooner copied than kept in a room of their own.
+_SMALL = 2**15
+
 
 def number_of(queries: int | Tensor) -> int:
     """How many tokens are about to be fed: a number, or (transformers 5.2) their positions `[tokens]`."""
@@ -131,7 +134,10 @@ class Layer:
 
 
 class _Room:
-    """Memory that a growing tensor `[rows, heads, tokens, dim]` is a view of, with space after its last token."""
+    """Memory that a growing tensor `[rows, heads, tokens, dim]` is a view of, with space after its last token.
+
+    One of a few kilobytes is copied in each step instead, which costs less than to look after it.
+    """
 
     def __init__(self) -> None:
         self._whole: Tensor | None = None
@@ -141,7 +147,8 @@ class _Room:
         if past is None or not past.numel():
             self._whole = None
             return new.contiguous()
-        if torch.is_grad_enabled() and (past.requires_grad or new.requires_grad):
+        small = past.nbytes < _SMALL
+        if small or (torch.is_grad_enabled() and (past.requires_grad or new.requires_grad)):
             self._whole = None
             return torch.cat([past, new], dim=-2)
         begin, length = self._begin(past), past.shape[-2]
@@ -151,8 +158,8 @@ class _Room:
             self._whole = past.new_empty(*past.shape[:-2], room, past.shape[-1])
             self._whole[..., :length, :] = past
             begin = 0
-        self._whole[..., begin + length : begin + total, :] = new
-        return self._whole[..., begin : begin + total, :]
+        self._whole.narrow(-2, begin + length, new.shape[-2]).copy_(new)
+        return self._whole.narrow(-2, begin, total)
 
     def _begin(self, past: Tensor) -> int | None:
         """Place of `past` in this room; `None` when it lies elsewhere, or may not be written to."""

@@ -47,6 +47,10 @@ _NEVER_NONE = frozenset(
 """Fields for which `None` means nothing, so that an explicit `None` is the default."""
 
 
+# Values that nobody can change, so that they need no copy.
+_FIXED = (bool, int, float, str)
+
+
 @dataclass(frozen=True)
 class Resolved:
     """The settings of one call."""
@@ -87,7 +91,7 @@ def resolve(
     sources: dict[str, str] = {}
     for name in dict.fromkeys((*FIELDS, *extras)):
         value, sources[name] = _pick(name, base, model, defaults)
-        setattr(config, name, deepcopy(value))
+        setattr(config, name, value if value is None or isinstance(value, _FIXED) else deepcopy(value))
     # a cache that old releases wrote into the files of models with sliding windows; those need none of their own
     if config.cache_implementation == "hybrid" and call_kwargs.get("cache_implementation") is None:
         config.cache_implementation = None

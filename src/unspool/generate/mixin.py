@@ -154,7 +154,7 @@ class GenerationMixin:
             synced = check_synced(synced_gpus, module)
             if synced:
                 _refuse_synced(resolved.config, assisted, source)
-            call = self._prepare(arguments, resolved, given)
+            call = self._prepare(source, arguments, resolved, given)
             call.synced = synced
             if custom_generate is None:
                 result = run(call)
@@ -178,9 +178,8 @@ class GenerationMixin:
         """How the model is run, and why not in a faster way; a module that was not looked at yet is probed."""
         return report_on(self)  # type: ignore[arg-type]
 
-    def _prepare(self, arguments: Arguments, resolved: Resolved, given: Given) -> Call:
+    def _prepare(self, source: Source, arguments: Arguments, resolved: Resolved, given: Given) -> Call:
         """Settle everything that can be wrong before any work is done."""
-        source = self._source()
         config = resolved.config
         refuse_twice(given, resolved)
         if given.assistant is not None:
