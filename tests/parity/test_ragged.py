@@ -275,6 +275,22 @@ def test_a_cache_that_cannot_be_handed_back_takes_rows(monkeypatch: pytest.Monke
     assert tier(model, monkeypatch, **prompts(4, 6), return_dict_in_generate=True) == "rows"
 
 
+@pytest.mark.parametrize(("name", "cast"), [("gpt2", "ragged"), ("llama", "rows")])
+def test_autocasting_is_another_module(name: str, cast: str) -> None:
+    """Its keys and values have other dtypes, or several; both are remembered."""
+    model = architecture(name)
+    wrapped = unspool.wrap(model)
+    arguments = {**prompts(4, 7), "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    for _ in range(2):
+        assert wrapped.unspool_report().tier == "ragged"
+        assert torch.equal(wrapped.generate(**arguments).sequences, model.generate(**arguments).sequences)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert wrapped.unspool_report().tier == cast
+            found, expected = wrapped.generate(**arguments), model.generate(**arguments)
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=2e-2, atol=2e-2)
+
+
 def test_hooks_and_a_preparation_of_the_users_own_take_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     seen: list[Any] = []
@@ -376,8 +392,20 @@ def test_others_use_the_module_meanwhile_and_nothing_stays() -> None:
 
 def test_an_error_in_a_step_leaves_nothing_either() -> None:
     model = make_model("llama")
-    with pytest.raises(IndexError):
-        unspool.wrap(model).generate(torch.tensor([[5, 10**6]]), max_new_tokens=2)
+    whole = [True]
+
+    class Norm(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            if not whole:
+                raise IndexError("broken")
+            return super().forward(x)
+
+    model.model.norm.__class__ = Norm
+    wrapped = unspool.wrap(model)
+    assert wrapped.unspool_report().tier == "ragged"
+    whole.clear()
+    with pytest.raises(IndexError, match="broken"):
+        wrapped.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
     assert vars(PreTrainedConfig)["_attn_implementation"] is PROPERTY
     model.set_attn_implementation("unspool")
     with pytest.raises(unspool.Unsupported, match="unspool's own calls"):

@@ -83,13 +83,14 @@ class Company:
 
 
 _State: TypeAlias = tuple[Any, ...]
-_found: WeakKeyDictionary[nn.Module, tuple[_State, Verdict]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, dict[_State, Verdict]] = WeakKeyDictionary()
+_REMEMBERED = 4  # states of a module: a training loop may go to and fro between two
 _together: WeakKeyDictionary[nn.Module, tuple[_State, Company]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
 def judge(foreign: Foreign, own: OwnPath) -> Verdict:
-    """Whether a module can run ragged; remembered until its parts, dtype or device change.
+    """Whether a module can run ragged; remembered for its parts, dtypes, devices and autocasting as they are.
 
     Args:
         foreign: the module.
@@ -101,14 +102,17 @@ def judge(foreign: Foreign, own: OwnPath) -> Verdict:
     state, reason = _state(foreign)
     if reason is not None:
         return Verdict(None, reason)
-    known = _found.get(foreign.module)
-    if known is not None and known[0] == state:
-        return known[1]
+    known = _found.get(foreign.module, {}).get(state)
+    if known is not None:
+        return known
     with _lock:
-        known = _found.get(foreign.module)
-        if known is None or known[0] != state:
-            known = _found[foreign.module] = state, _probe(foreign, own)
-        return known[1]
+        found = _found.setdefault(foreign.module, {})
+        if state not in found:
+            made = _probe(foreign, own)
+            for oldest in list(found)[: len(found) - _REMEMBERED + 1]:
+                del found[oldest]
+            found[state] = made
+        return found[state]
 
 
 def judge_together(foreign: Foreign, opener: Opener) -> Company:
@@ -226,16 +230,19 @@ def _depends_on_longest(foreign: Foreign) -> str | None:
 
 
 def _state(foreign: Foreign) -> tuple[_State, str | None]:
-    """What a verdict depends on (the module's parts, their dtypes and devices, its way of attending), and what about
-    the parts settles it without one."""
-    parts, kinds, reason = [], set(), None
+    """What a verdict depends on (the module's parts, their dtypes and devices, its way of attending, autocasting), and
+    what about the parts settles it without one."""
+    parts: list[object] = []
+    kinds, reason = set(), None
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         reason = _WATCHED
     for part in foreign.module.modules():
-        parts.append(id(part))
+        parts += (id(part), type(part))
         kinds |= {(one.dtype, one.device) for one in part._parameters.values() if one is not None}
         reason = reason or _settled(part)
-    own = (foreign.module.training, foreign.entry("_attn_implementation"))
+    kind = foreign.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    own = (foreign.module.training, foreign.entry("_attn_implementation"), cast)
     return (hash(tuple(parts)), frozenset(kinds), *own), reason
 
 
@@ -256,8 +263,15 @@ def _settled(part: nn.Module) -> str | None:
 
 
 def _looks(hook: Any) -> bool:
-    """Whether a forward hook may look; those stay idle that transformers leaves where hidden states were asked for."""
-    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+    """Whether a forward hook may look at what it is given, or change it.
+
+    Those that transformers leaves where hidden states were asked for stay idle, and those that gradient checkpointing
+    needs, of transformers and libraries on it, only mark the embeddings as needing gradients.
+    """
+    package = str(getattr(hook, "__module__", ""))
+    name = str(getattr(hook, "__qualname__", "")).rpartition(".")[2]
+    marks = name.startswith("make_inputs_require_grad") and package.partition(".")[0] in ("transformers", "peft", "trl")
+    return not marks and package != "transformers.utils.output_capturing"
 
 
 def _probe(foreign: Foreign, own: OwnPath) -> Verdict:
