@@ -19,7 +19,7 @@ RANK = """
 import json, sys
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from families import make_model
 import unspool
 
@@ -34,8 +34,12 @@ if how == "native":
 else:
     module = make_model("llama")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-    for part in (*module.model.layers, module):
-        fully_shard(part, mesh=mesh)
+    if how == "first":  # of the older kind, which stands around a part
+        for place, part in enumerate(module.model.layers):
+            module.model.layers[place] = FullyShardedDataParallel(part, device_id=torch.device("cpu"))
+    else:
+        for part in (*module.model.layers, module):
+            fully_shard(part, mesh=mesh)
     generate = unspool.wrap(module).generate
     if how == "enabled":
         unspool.enable()
@@ -60,7 +64,7 @@ def port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.mark.parametrize("how", ["sharded", "enabled", "native"])
+@pytest.mark.parametrize("how", ["sharded", "enabled", "native", pytest.param("first", marks=pytest.mark.full)])
 def test_two_processes_share_the_weights(how: str, tmp_path: Path) -> None:
     """One process wants three times as many tokens as the other; without its share of the steps it would wait."""
     make_model("llama").save_pretrained(tmp_path)

@@ -108,6 +108,8 @@ def test_only_rows_that_choose_reach_the_head() -> None:
             return super().forward(x)
 
     model.lm_head.__class__ = Head
+    unspool.wrap(model).unspool_report()
+    widths.clear()
     unspool.wrap(model).generate(**prompts(4, 9), max_new_tokens=3)
     assert widths == [2, 2, 2]
 

@@ -237,7 +237,8 @@ def _state(foreign: Foreign) -> tuple[_State, str | None]:
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         reason = _WATCHED
     for part in foreign.module.modules():
-        parts += (id(part), type(part))
+        # a module that recomputes activations leaves its past out
+        parts += (id(part), type(part), part.__dict__.get("gradient_checkpointing"))
         kinds |= {(one.dtype, one.device) for one in part._parameters.values() if one is not None}
         reason = reason or _settled(part)
     kind = foreign.device.type

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence as Items
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from unspool.config import ContinuousBatchingConfig, GenerationConfig, resolve
@@ -197,6 +197,8 @@ def _values(config: Any) -> dict[str, Any]:
         return {}
     if isinstance(config, Mapping):
         return dict(config)
+    if not hasattr(config, "to_dict") and is_dataclass(config) and not isinstance(config, type):
+        return {one.name: getattr(config, one.name) for one in fields(config)}
     if not hasattr(config, "to_dict"):
         raise TypeError(
             f"continuous_batching_config must be a ContinuousBatchingConfig or a dict, not {type(config).__name__}"
