@@ -185,6 +185,7 @@ def test_quantising_natively_while_loading(config: Any, name: str, group: int, s
     "config",
     [
         lambda: torchao.Float8WeightOnlyConfig(),
+        lambda: torchao.Float8DynamicActivationFloat8WeightConfig(),
         lambda: torchao.Int8DynamicActivationInt8WeightConfig(),
         lambda: torchao.Int4WeightOnlyConfig(group_size=48),
     ],

@@ -174,6 +174,10 @@ def test_the_example_of_the_quantised_page() -> None:
 def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="`quantize` is 'int3'; use one of 'int8', 'int4'"):
         unspool.load("storyteller", quantize="int3")
+    with pytest.raises(
+        ValueError, match=r"`quantize` is 'fp8'; .*TorchAoConfig\(Float8WeightOnlyConfig.*unspool\.wrap"
+    ):
+        unspool.load("storyteller-draft", quantize="fp8")
     with pytest.raises(ValueError, match="`quantize` is 'int4-g48'"):
         unspool.load("storyteller", quantize="int4-g48")
     with pytest.raises(Unsupported, match=r"quantization_config of dict \(method 'gptq'\) is not supported"):

@@ -54,6 +54,13 @@ class Quantiser:
         return any(name.startswith(part) or name.endswith(part) for part in self.skipped)
 
 
+# Checkpoints in fp8 are read; to make one of others is left to torchao.
+_FP8 = (
+    "; for torchao's fp8, load with transformers' TorchAoConfig(Float8WeightOnlyConfig()) and hand the model to "
+    "unspool.wrap"
+)
+
+
 def quantiser(wanted: str | BitsAndBytesConfig | Mapping[str, Any] | object) -> Quantiser:
     """What `quantize=` or `quantization_config=` asks for: a name, or a configuration of bitsandbytes or torchao.
 
@@ -63,7 +70,10 @@ def quantiser(wanted: str | BitsAndBytesConfig | Mapping[str, Any] | object) -> 
     """
     if isinstance(wanted, str):
         if wanted not in FORMATS:
-            raise ValueError(f"`quantize` is {wanted!r}; use one of {', '.join(map(repr, FORMATS))}, or leave it out")
+            also = _FP8 if wanted.startswith(("fp8", "float8")) else ""
+            raise ValueError(
+                f"`quantize` is {wanted!r}; use one of {', '.join(map(repr, FORMATS))}, or leave it out{also}"
+            )
         return Quantiser(FORMATS[wanted])
     if _method_of(wanted) == "torchao":
         code, left = torchao.wanted(wanted)

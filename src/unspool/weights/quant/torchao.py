@@ -157,7 +157,7 @@ def _named(value: Any) -> tuple[str, dict[str, Any]]:
             return "dict", dict(value)
         inner = value.get("_data")
         return (str(value["_type"]), dict(inner)) if isinstance(inner, Mapping) else (str(inner), {})
-    if value is None or isinstance(value, torch.dtype):
+    if value is None or isinstance(value, torch.dtype) or not hasattr(value, "__dict__"):
         return str(value), {}
     return type(value).__name__, dict(vars(value))
 
