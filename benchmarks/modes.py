@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from checkpoints import NAMES, checkpoint
+from checkpoints import NAMES, checkpoint, copier
 from quiet import Disturbed, undisturbed
 
 Side = Callable[[], Any]
@@ -124,14 +124,45 @@ def storyteller(name: str) -> Any:
 
 STORIES = ["Once upon a time", "The little fox", "One day, Lily", "A boy named Tom"]
 STORIES += ["In the forest", "The old man", "There was a dog", "Mia found a"]
+COPIED = 144  # tokens of a story that is said again
 
 
-def lookup(quick: bool) -> Pair:
-    """Text that repeats itself, as that of random weights soon does: each draft is found in what was said."""
-    model, ids = unspool_model("T"), prompt(1, 200)
-    given = {"max_new_tokens": 16 if quick else 96, "do_sample": False, "pad_token_id": 0}
+@cache
+def stories(length: int) -> torch.Tensor:
+    """24 stories of the built-in model, cut to ``length`` tokens, the last of which is the end token: [24, length]."""
+    model, tokenizer = storyteller("storyteller")
+    begun = tokenizer(STORIES, return_tensors="pt", padding=True)
+    told = model.generate(**begun, max_new_tokens=240, num_return_sequences=12, seed=0).tolist()
+    marks = {tokenizer.pad_token_id, tokenizer.bos_token_id, end := tokenizer.eos_token_id}
+    texts = [[token for token in row if token not in marks] for row in told]
+    return torch.tensor([text[: length - 1] + [end] for text in texts if len(text) >= length][:24])
+
+
+def lookup(rows: int, quick: bool) -> Pair:
+    """Stories said again by a model that copies its prompt: drafts from the prompt, or one token after another.
+
+    What a story says more than once leads to wrong drafts. The texts must be the same with drafts as without.
+    """
+    import unspool
+
+    model, _ = unspool.load(copier(COPIED))
+    ids = stories(COPIED)
+    groups = ids[: max(rows, 3) if quick else None].split(rows)
+    given = {"max_new_tokens": COPIED, "do_sample": False, "return_dict_in_generate": True}
+
+    def said(**more: Any) -> list[Any]:
+        return [model.generate(group, **given, **more) for group in groups]
+
     drafts = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
-    return Pair(lambda: model.generate(ids, **given, **drafts), lambda: model.generate(ids, **given))
+    ours, other = said(**drafts), said()
+    right = []
+    for group, drafted, plain in zip(groups, ours, other, strict=True):
+        if not drafted.sequences.equal(plain.sequences):
+            raise SystemExit("prompt lookup changed the text")
+        right.append((plain.sequences[:, COPIED:] == group).double().mean().item())
+    accepted = statistics.mean(out.acceptance_rate for out in ours)
+    facts = (("tokens copied rightly", statistics.mean(right), "1"), ("drafted tokens accepted", accepted, "shown"))
+    return Pair(lambda: said(**drafts), said, facts)
 
 
 def assisted(rows: int, quick: bool) -> Pair:
@@ -160,11 +191,13 @@ def rules(quick: bool, **more: Any) -> Pair:
     )
 
 
+COPYING = f"prompt lookup, stories of {COPIED} tokens said again"
 MODES: dict[str, Mode] = {
     "beams": Mode(f"4 beams, prompt of 512, {NAMES['T']} shape, bf16", "transformers", 1.5, beams),
     "contrastive": Mode(f"contrastive search, top_k=4, {NAMES['T']} shape, bf16", "our 4 beams", 0.8, contrastive),
     "dola": Mode(f"DoLa, 8 early layers, 4 prompts, {NAMES['T']} shape, bf16", "our greedy", 0.7, dola),
-    "lookup": Mode(f"prompt lookup on text that repeats, {NAMES['T']} shape", "plain greedy", 1.5, lookup),
+    "lookup": Mode(COPYING + ", 1 row", "plain greedy", 1.5, partial(lookup, 1)),
+    "lookup8": Mode(COPYING + ", 8 rows", "plain greedy", 1.5, partial(lookup, 8)),
     "assisted": Mode("built-in draft, 1 row", "plain greedy", 1.3, partial(assisted, 1)),
     "assisted8": Mode("built-in draft, 8 rows", "plain greedy", 1.0, partial(assisted, 8)),
     "stop_strings": Mode(
