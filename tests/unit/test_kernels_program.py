@@ -12,11 +12,15 @@ from families import FAMILIES, make_checkpoint
 from hypothesis import given, settings, strategies as st
 
 import unspool
+from unspool.attention.registry import paged_attention
+from unspool.cache.paged import PagedStore
+from unspool.decode.runner import PagedRunner
+from unspool.decode.sequence import Group, Sequence, Want, Work
 from unspool.kernels import native
 from unspool.kernels.attention import Plan, Pools
 from unspool.kernels.elementwise import add_rms_norm, norm_heads, rms_norm, silu_gate, turn as rotate
 from unspool.kernels.linear import PackedWeight
-from unspool.kernels.program import Past, Program
+from unspool.kernels.program import Past, Program, Stops
 from unspool.kernels.quantised import PackedCodes
 from unspool.models.compiled import CompiledLayers
 
@@ -281,3 +285,117 @@ def test_what_does_not_fit_a_program() -> None:
     out = other.buffer(64)
     with pytest.raises(ValueError, match=r"takes no torch\.float32"):
         other.product(other.input, codes, None, out)
+
+
+def rows_of(model: Any, prompts: list[list[int]], room: int = 64) -> tuple[PagedRunner, list[Sequence]]:
+    """Rows that have chosen one token each, which is not computed yet."""
+    rows = [Sequence(i, list(prompt)) for i, prompt in enumerate(prompts)]
+    store = PagedStore(model.spec.groups, 16, dtype=model.dtype, device=torch.device("cpu"))
+    runner = PagedRunner(model, store, torch.device("cpu"), rows)
+    group = Group(rows, None, None)  # type: ignore[arg-type]
+    for row in rows:
+        store.reserve(row, len(row.tokens))
+    with torch.no_grad():
+        logits = runner.run([Work(row, len(row.tokens), 1, group) for row in rows], Want()).logits
+    for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+        row.computed = len(row.tokens)
+        row.tokens.append(token)
+    return runner, rows
+
+
+def alone(model: Any, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
+    """What plain decoding says, and how probable each token was."""
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=new, eos_token_id=[], do_sample=False, pad_token_id=0,
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    tokens = out.sequences[0, len(prompt) :]
+    shares = [score.softmax(-1)[0, token].item() for score, token in zip(out.scores, tokens, strict=True)]
+    return tokens.tolist(), shares
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3", "mistral", "qwen2-window", "smollm3", "phi3", "olmo2"])
+def test_going_on_chooses_what_single_steps_choose(family: str, kind: str | None, tmp_path: Path) -> None:
+    model = load(written(tmp_path, family), kind)
+    prompts = [[5, 6, 7], list(range(20, 37)), [9]]
+    wanted = [alone(model, prompt, 20) for prompt in prompts]
+    runner, rows = rows_of(model, prompts)
+    with torch.no_grad():
+        steps = runner.go_on(rows, Stops([19, 19, 19], (), 1e-9))
+    assert len(steps) == 19
+    for row, prompt, (tokens, shares) in zip(rows, prompts, wanted, strict=True):
+        assert [row.tokens[-1], *(step.tokens[row.row] for step in steps)] == tokens
+        assert [step.shares[row.row] for step in steps] == pytest.approx(shares[1:], rel=1e-3)
+        assert row.computed == len(prompt) + 19
+    with torch.no_grad():  # and what was stored is what single steps would have stored
+        for step in steps:
+            for row, token in zip(rows, step.tokens, strict=True):
+                row.tokens.append(token)
+        group = Group(rows, None, None)  # type: ignore[arg-type]
+        logits = runner.run([Work(row, 1, 1, group) for row in rows], Want()).logits
+    longer = [alone(model, prompt, 21)[0][-1] for prompt in prompts]
+    assert logits.argmax(-1).tolist() == longer
+
+
+def test_going_on_ends(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"))
+    prompts = [[5, 6, 7], [9, 8]]
+    texts = [alone(model, prompt, 16)[0] for prompt in prompts]
+
+    def steps(*stops: Any) -> list[list[int]]:
+        runner, rows = rows_of(model, prompts)
+        with torch.no_grad():
+            return [step.tokens for step in runner.go_on(rows, Stops(*stops))]
+
+    whole = [list(pair) for pair in zip(texts[0][1:], texts[1][1:], strict=True)]
+    assert steps([3, 15]) == whole[:15]  # half of the rows go on
+    assert steps([3, 5]) == whole[:5]
+    assert steps([15, 15], (), 1.1) == whole[:1]
+    first = {token: place for place, token in reversed(list(enumerate(texts[0][1:])))}
+    second = {token: place for place, token in reversed(list(enumerate(texts[1][1:])))}
+    ends = [texts[0][4], texts[1][6]]
+    last = max(min(some[end] for end in ends if end in some) for some in (first, second))
+    assert steps([15, 15], ends) == whole[: last + 1]
+
+
+def test_where_rows_do_not_go_on_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = Stops([3])
+    for family in ("gpt2", "granite"):
+        runner, rows = rows_of(load(written(tmp_path / family, family)), [[5, 6, 7]])
+        with torch.no_grad():
+            assert runner.go_on(rows, stops) == []
+        assert rows[0].computed == 3
+    model = load(written(tmp_path / "llama", "llama"))
+    runner, rows = rows_of(model, [[5, 6, 7]])
+    assert runner.go_on(rows, stops) == []  # gradients are wanted
+    with torch.no_grad():
+        handle = model.lm_head.register_forward_hook(lambda *_: None)
+        assert runner.go_on(rows, stops) == []
+        handle.remove()
+        assert len(runner.go_on(rows, stops)) == 3
+
+
+def test_going_on_needs_room_and_positions(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"))
+    runner, rows = rows_of(model, [[5, 6, 7]])
+    with torch.no_grad():
+        attend = paged_attention(runner.store, rows, [1])
+    with torch.no_grad(), pytest.raises(ValueError, match="no room for 400 steps"):
+        model.go_on(attend, [5], [3], Stops([400]))
+    with torch.no_grad(), pytest.raises(ValueError, match="are not of 97"):
+        model.go_on(attend, [97], [3], Stops([2]))
+    with torch.no_grad(), pytest.raises(ValueError, match="do not fit"):
+        model.go_on(attend, [5], [3], Stops([0]))
+
+
+def test_nothing_to_choose(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"))
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    store = PagedStore(model.spec.groups, 4, dtype=model.dtype, device=torch.device("cpu"))
+    row = Sequence(0, [5])
+    runner = PagedRunner(model, store, torch.device("cpu"), [row])
+    store.reserve(row, 1)
+    with torch.no_grad():
+        assert [step.tokens for step in runner.go_on([row], Stops([3]))] == [[-1]]

@@ -13,8 +13,9 @@ from unspool.attention.registry import paged_attention, reads_any_order
 from unspool.cache.paged import BLOCK_SIZE, PagedStore
 from unspool.decode.batch import Steady, build_batch
 from unspool.decode.sequence import Sequence, Want, Work
+from unspool.kernels.program import Chosen, Stops
 from unspool.models.adapters import Adapter, Adapters, Mixer
-from unspool.models.base import Batch, ModelSpec, Trace
+from unspool.models.base import Batch, Model, ModelSpec, Trace
 
 _NOTHING = Want()
 
@@ -139,6 +140,28 @@ class PagedRunner:
         if weights is None:
             self._steady = Steady.of(work, batch)
         return Output(self.model.step(batch), weights or [], hidden or [])
+
+    def go_on(self, rows: Items[Sequence], stops: Stops) -> list[Chosen]:
+        """Let rows choose their next tokens by themselves, the likeliest; see `Model.go_on`.
+
+        Each has one token that is not computed yet. Their tokens are the caller's to append. Nothing is chosen where
+        the model or its kernels cannot do this.
+        """
+        model, steps = self.model, max(stops.limits)
+        if not isinstance(model, Model) or not reads_any_order(self.store):
+            return []
+        if any(row.adapter is not None or row.embeds is not None for row in rows):
+            return []
+        if self._rows is None:  # room is made by a scheduler, which does not know of these steps
+            return []
+        for row in rows:
+            self._make_room(row, steps, self._rows)
+        self._steady = None
+        attend = paged_attention(self.store, rows, [1] * len(rows))
+        chosen = model.go_on(attend, [row.tokens[row.computed] for row in rows], [row.computed for row in rows], stops)
+        for row in rows:
+            row.computed += len(chosen or ())
+        return chosen or []
 
     def _make_room(self, row: Sequence, feed: int, rows: list[Sequence]) -> None:
         if self.store.extend(row, feed):

@@ -127,6 +127,11 @@ class Plan:
         """How many slots a pool must have."""
         return self._slots
 
+    @property
+    def room(self) -> int:
+        """How many more tokens every row's blocks can take."""
+        return int((self._caps - self._rows[:, 0]).min())
+
     def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, list[int]]]) -> bool:
         """Make it the plan of a later step, in which the same rows have one new token each.
 

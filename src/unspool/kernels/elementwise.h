@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace unspool::UNSPOOL_LEVEL::elementwise {
 namespace {
@@ -78,6 +79,44 @@ void add(const void* x, void* branch, float factor, i64 rows, i64 width, int thr
     });
 }
 
+// The place of a row's greatest number, the first of equal ones, and its share: exp(greatest) by the sum of all. -1 where
+// the row holds NaN or no number above -infinity.
+template <class T>
+UNSPOOL_TARGET i64 greatest_of(const typename T::Number* row, i64 width, float* share) {
+    const Vec nothing = set(-std::numeric_limits<float>::infinity());
+    Vec most = nothing;
+    bool nan = false;
+    for (i64 i = 0; i < width; i += kWidth) {
+        const i64 there = rest(width, i);
+        const Vec number = within(0, there, T::load(row + i, there), nothing);
+        nan = nan || any_nan(number);
+        most = max(most, number);
+    }
+    const float greatest = UNSPOOL_LEVEL::greatest(most);
+    if (nan || !(greatest > -std::numeric_limits<float>::infinity())) return -1;
+    i64 place = -1;
+    Vec sum = Vec{};
+    for (i64 i = 0; i < width; i += kWidth) {
+        const i64 there = rest(width, i);
+        const Vec number = within(0, there, T::load(row + i, there), nothing);
+        if (place < 0)
+            for (i64 j = 0; j < there && place < 0; j++)
+                if (number[j] == greatest) place = i + j;
+        if (share) sum = sum + exponential(number - set(greatest));
+        else if (place >= 0) break;
+    }
+    if (share) *share = 1.0f / UNSPOOL_LEVEL::sum(sum);
+    return place;
+}
+
+template <class T>
+void greatest(const void* x, i64 rows, i64 width, i64* places, float* shares, int threads) {
+    using Number = typename T::Number;
+    parallel_for(rows * width > kSerial ? threads : 1, rows, [=](i64 row) {
+        places[row] = greatest_of<T>(static_cast<const Number*>(x) + row * width, width, shares ? shares + row : nullptr);
+    });
+}
+
 // silu(gate) * up of one row, which holds the gate and then `up`.
 template <class T>
 UNSPOOL_TARGET void gate_row(const typename T::Number* row, i64 width, typename T::Number* out) {
@@ -139,6 +178,10 @@ inline void norm_parts(int bytes, void* x, i64 tokens, i64 stride, i64 parts, i6
 
 inline void add(int bytes, const void* x, void* branch, float factor, i64 rows, i64 width, int threads) {
     (bytes == 2 ? add<Bf16> : add<Fp32>)(x, branch, factor, rows, width, threads);
+}
+
+inline void greatest(int bytes, const void* x, i64 rows, i64 width, i64* places, float* shares, int threads) {
+    (bytes == 2 ? greatest<Bf16> : greatest<Fp32>)(x, rows, width, places, shares, threads);
 }
 
 inline void silu_gate(int bytes, const void* x, i64 rows, i64 width, void* out, int threads) {

@@ -15,9 +15,9 @@
 
 namespace unspool::UNSPOOL_LEVEL {
 
-const Kernels kernels{elementwise::rms_norm, elementwise::norm_parts, elementwise::add,  elementwise::silu_gate,
-                      elementwise::turn,     attention::attend,       encoding::encode,  UNSPOOL_LINEAR,
-                      UNSPOOL_QUANTISED,     drawing::draw,           drawing::draw_seeded,
-                      sorting::keep_best,    sorting::best};
+const Kernels kernels{elementwise::rms_norm, elementwise::norm_parts, elementwise::add,
+                      elementwise::greatest, elementwise::silu_gate,  elementwise::turn, attention::attend,
+                      encoding::encode,      UNSPOOL_LINEAR,          UNSPOOL_QUANTISED, drawing::draw,
+                      drawing::draw_seeded,  sorting::keep_best,      sorting::best};
 
 }  // namespace unspool::UNSPOOL_LEVEL

@@ -13,6 +13,7 @@ struct Kernels {
     void (*norm_parts)(int bytes, void* x, i64 tokens, i64 stride, i64 parts, i64 width, const void* weight, float eps,
                        int threads);
     void (*add)(int bytes, const void* x, void* branch, float factor, i64 rows, i64 width, int threads);
+    void (*greatest)(int bytes, const void* x, i64 rows, i64 width, i64* places, float* shares, int threads);
     void (*silu_gate)(int bytes, const void* x, i64 rows, i64 width, void* out, int threads);
     void (*turn)(int bytes, void* x, i64 tokens, i64 stride, i64 heads, i64 dim, const void* cos, const void* sin,
                  i64 width, int threads);

@@ -5,8 +5,15 @@
 #include "levels.h"
 #include "parallel.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
+extern "C" unspool::i64 unspool_linear_bf16_rows(const unspool::PackedWeight* weight, const unspool::i64* indexes,
+                                                 unspool::i64 count, unspool::bf16* out, int threads);
+extern "C" unspool::i64 unspool_quantised_rows(const unspool::QuantisedWeight* weight, const unspool::i64* indexes,
+                                               unspool::i64 count, void* out, int wide, int threads);
 extern "C" void unspool_lowrank(const void* const* pairs, unspool::i64 count, const unspool::i64* starts,
                                 const unspool::i64* places, const unspool::bf16* x, unspool::i64 stride,
                                 unspool::bf16* y, int threads);
@@ -84,6 +91,72 @@ struct Machine {
     }
 };
 
+// Decoding without anyone who asks between the steps.
+struct Continuing {
+    const Machine machine;
+    const Operation* operations;
+    i64 count;
+    const Continuation& c;
+
+    // The rows' tokens and positions, as a step takes them.
+    void feed(const i64* tokens) const {
+        const int threads = machine.threads;
+        if (c.form == 1)
+            unspool_quantised_rows(static_cast<const QuantisedWeight*>(c.embedding), tokens, c.rows, c.input,
+                                   machine.bytes == 4, threads);
+        if (c.form == 0)
+            unspool_linear_bf16_rows(static_cast<const PackedWeight*>(c.embedding), tokens, c.rows,
+                                     static_cast<bf16*>(c.input), threads);
+        const i64 whole = c.hidden * machine.bytes;
+        for (i64 row = 0; row < c.rows && c.form == 2; row++)
+            std::memcpy(static_cast<u8*>(c.input) + row * whole, static_cast<const u8*>(c.embedding) + tokens[row] * whole,
+                        static_cast<std::size_t>(whole));
+        const i64 width = machine.s.turned * machine.bytes;
+        for (i64 row = 0; row < c.rows; row++) {
+            std::memcpy(static_cast<u8*>(c.turned_cos) + row * width, c.cos + c.positions[row] * width,
+                        static_cast<std::size_t>(width));
+            std::memcpy(static_cast<u8*>(c.turned_sin) + row * width, c.sin + c.positions[row] * width,
+                        static_cast<std::size_t>(width));
+        }
+    }
+
+    // Rows that go on after a step's choice, of those that still went on before it.
+    i64 going(std::vector<bool>& ended, const i64* tokens, i64 step) const {
+        i64 left = 0;
+        for (i64 row = 0; row < c.rows; row++) {
+            const i64 token = tokens[row];
+            const bool end = std::find(c.ends, c.ends + c.end_count, token) != c.ends + c.end_count;
+            const bool unsure = c.confidence > 0 && c.shares[step * c.rows + row] < c.confidence;
+            const auto place = static_cast<std::size_t>(row);
+            ended[place] = ended[place] || token < 0 || end || unsure || step + 1 >= c.limits[row];
+            left += !ended[place];
+        }
+        return left;
+    }
+
+    // How many steps it took, or -1 where memory ran out.
+    i64 run() const {
+        std::vector<bool> ended(static_cast<std::size_t>(c.rows));
+        std::vector<i64> fed(static_cast<std::size_t>(c.rows));
+        for (i64 step = 0; step < c.steps; step++) {
+            const i64* tokens = c.tokens + step * c.rows;
+            i64* chosen = c.tokens + (step + 1) * c.rows;
+            std::transform(tokens, tokens + c.rows, fed.begin(), [](i64 token) { return std::max<i64>(token, 0); });
+            feed(fed.data());
+            for (i64 i = 0; i < count; i++)
+                if (machine.run(operations[i])) return -1;
+            unspool::chosen->greatest(machine.bytes, machine.read(c.logits), c.rows, c.vocab, chosen,
+                                       c.confidence > 0 ? c.shares + step * c.rows : nullptr, machine.threads);
+            for (i64 row = 0; row < c.rows; row++) {
+                c.positions[row]++;
+                for (i64 group = 0; group < c.groups; group++) c.plans[group][3 + 4 * row]++;
+            }
+            if (2 * going(ended, chosen, step) < c.rows) return step + 1;
+        }
+        return c.steps;
+    }
+};
+
 }  // namespace
 
 extern "C" {
@@ -104,6 +177,20 @@ int unspool_run(const unspool::Operation* operations, i64 count, const unspool::
         },
         &run);
     return run.failed;
+}
+
+// Runs `count` operations for each step of a continuation. `step` is that of each of them, with the continuation's input,
+// cosines and sines. Returns how many steps there were, or -1 where memory ran out.
+i64 unspool_continue(const unspool::Operation* operations, i64 count, const unspool::Step* step,
+                     const unspool::Continuation* continuation) {
+    struct Run {
+        const Continuing continuing;
+        i64 steps;
+    } run{{Machine(*step), operations, count, *continuation}, 0};
+    with_team(
+        run.continuing.machine.threads,
+        [](void* data) { static_cast<Run*>(data)->steps = static_cast<Run*>(data)->continuing.run(); }, &run);
+    return run.steps;
 }
 
 }  // extern "C"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,11 +21,12 @@ from unspool.kernels.linear import PackedWeight
 from unspool.kernels.lowrank import RowsOfPairs
 from unspool.kernels.quantised import PackedCodes
 
-__all__ = ["INPUT", "Adapted", "Past", "Program"]
+__all__ = ["INPUT", "Adapted", "Chosen", "Past", "Program", "Stops"]
 
 INPUT = -1
 """The buffer of a step's input."""
 
+_NO_MEMORY = "attention found no memory for its partial results"
 _BYTES = {torch.bfloat16: 2, torch.float32: 4}
 # Numbers; so that buffers of a token begin on lines of the cache, whatever the number of tokens.
 _UNIT = 32
@@ -76,6 +77,49 @@ class Adapted(NamedTuple):
     rows: RowsOfPairs
 
 
+class _Continuation(ctypes.Structure):
+    """`Continuation` of `program.h`."""
+
+    _fields_ = (
+        ("embedding", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("form", "hidden", "logits", "vocab")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("rows", "steps")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "plans")),
+        ("groups", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("limits", "ends")),
+        ("end_count", ctypes.c_int64),
+        ("confidence", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("shares", "input", "turned_cos", "turned_sin")),
+    )
+
+
+class Stops(NamedTuple):
+    """When rows that go on by themselves end; see `Program.go_on`.
+
+    Attributes:
+        limits: tokens that each row may choose.
+        ends: tokens that end a row.
+        confidence: a row ends with the first token of less probability than that; 0 never does.
+    """
+
+    limits: Sequence[int]
+    ends: Collection[int] = ()
+    confidence: float = 0.0
+
+
+class Chosen(NamedTuple):
+    """What a step of `Program.go_on` chose.
+
+    Attributes:
+        tokens: of each row; -1 where there was nothing to choose.
+        shares: how probable each was; 1.0 where nobody asked for confidence.
+    """
+
+    tokens: list[int]
+    shares: list[float]
+
+
 class Buffer(NamedTuple):
     """Numbers of every token of a step: where they lie, and how many they are."""
 
@@ -86,6 +130,12 @@ class Buffer(NamedTuple):
 @cache
 def _function() -> Any:
     return native.function("unspool_run", ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+
+
+@cache
+def _continue() -> Any:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    return native.function("unspool_continue", number, pointer, number, pointer, pointer)
 
 
 def _checked(tensor: Tensor | None, width: int, dtype: torch.dtype) -> int | None:
@@ -252,32 +302,151 @@ class Program:
                 raise ValueError(f"cosines and sines must be {self.dtype} {list(shape)} on the CPU")
             cos, sin = turn[0].data_ptr(), turn[1].data_ptr()
         plans = self._plans(past, tokens)
-        if self._code is None:
-            self._code = (_Operation * len(self._operations))(*self._operations)
         buffers = torch.empty(tokens * self._size, dtype=self.dtype)
-        size = _BYTES[self.dtype]
-        step = _Step(
-            tokens,
-            size,
-            x.data_ptr(),
-            buffers.data_ptr(),
-            cos,
-            sin,
-            self._turned or 0,
-            plans.buffer_info()[0],
-            past.pools.address,
-        )
+        step = self._step(tokens, x.data_ptr(), buffers, (cos, sin), plans, past.pools)
         if adapted is not None:
             rows = adapted.rows
             if rows.rows != tokens or len(adapted.pairs) != self.products or self.dtype != torch.bfloat16:
                 raise ValueError(f"adapters of {rows.rows} rows and {len(adapted.pairs)} products do not fit")
             step.pairs, step.pair_count = adapted.pairs.buffer_info()[0], rows.count
             step.starts, step.places = rows.starts, rows.places
-        step.threads = torch.get_num_threads()
-        if _function()(ctypes.addressof(self._code), len(self._code), ctypes.addressof(step)):
-            raise MemoryError("attention found no memory for its partial results")
+        if _function()(*self._coded(), ctypes.addressof(step)):
+            raise MemoryError(_NO_MEMORY)
         first = out.place * tokens
         return buffers[first : first + tokens * out.width].view(tokens, out.width)
+
+    def go_on(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        out: Buffer,
+        past: Past,
+        table: tuple[Tensor, Tensor] | None,
+        embedding: PackedWeight | PackedCodes | Tensor,
+        stops: Stops,
+    ) -> list[Chosen]:
+        """Steps in which every row feeds one token and chooses the likeliest, which is what it feeds in the next.
+
+        They are `max(stops.limits)`, or fewer when more than half of the rows have ended; rows that ended go along. The
+        plans are of no use afterwards.
+
+        Args:
+            tokens, positions: of each row, to be fed first.
+            out: the buffer of the logits.
+            past: of the rows; their plans are those of the first step, with room for all.
+            table: cosines and sines `[positions, 1, turned]` of all positions from 0 on.
+            embedding: gives the tokens' inputs.
+            stops: when rows end.
+
+        Returns:
+            What each step chose.
+
+        Raises:
+            ValueError: something does not fit the program, or there is no room.
+            MemoryError: attention found no memory.
+        """
+        rows, steps = len(tokens), max(stops.limits)
+        width, turned = self.input.width, self._turned or 0
+        if not 0 < rows == len(positions) == len(stops.limits) or min(stops.limits) < 1:
+            raise ValueError(f"{rows} tokens, {len(positions)} positions and limits {list(stops.limits)} do not fit")
+        form, address = self._embedding(embedding, out.width)
+        if not (min(tokens) >= 0 and max(tokens) < out.width):
+            raise ValueError(f"tokens {list(tokens)} are not of {out.width}")
+        last = max(positions) + steps
+        cos = sin = None
+        if table is not None:
+            if any(t.shape[1:] != (1, turned) or t.dtype != self.dtype or not t.is_contiguous() for t in table):
+                raise ValueError(f"cosines and sines must be {self.dtype} [positions, 1, {turned}]")
+            if min(positions) < 0 or last > min(map(len, table)):
+                raise ValueError(f"{last} positions are not in a table of {len(table[0])}")
+            cos, sin = table[0].data_ptr(), table[1].data_ptr()
+        elif self._turned is not None:
+            raise ValueError("this program turns, and needs a table")
+        if any(plan.room < steps - 1 for plan in past.plans):
+            raise ValueError(f"the plans have no room for {steps} steps")
+        plans = self._plans(past, rows)
+        numbers = torch.empty(rows * (self._size + width + 2 * turned), dtype=self.dtype)
+        first, size = rows * self._size, _BYTES[self.dtype]
+        inputs, cosines, sines = (
+            numbers.data_ptr() + size * place
+            for place in (first, first + rows * width, first + rows * (width + turned))
+        )
+        step = self._step(rows, inputs, numbers, (cosines, sines), plans, past.pools)
+        chosen, shares = array("q", [*tokens, *[0] * (steps * rows)]), array("f", [1.0] * (steps * rows))
+        lists = [array("q", some) for some in (positions, stops.limits, stops.ends, plans[::2])]
+        place, limits, ends, heads = (some.buffer_info()[0] for some in lists)
+        continuation = _Continuation(
+            address,
+            form,
+            width,
+            out.place,
+            out.width,
+            cos,
+            sin,
+            rows,
+            steps,
+            chosen.buffer_info()[0],
+            place,
+            heads,
+            len(past.plans),
+            limits,
+            ends,
+            len(stops.ends),
+            stops.confidence,
+            shares.buffer_info()[0],
+            inputs,
+            cosines,
+            sines,
+        )
+        done = _continue()(*self._coded(), ctypes.addressof(step), ctypes.addressof(continuation))
+        if done < 0:
+            raise MemoryError(_NO_MEMORY)
+        return [
+            Chosen(chosen[rows * (i + 1) : rows * (i + 2)].tolist(), shares[rows * i : rows * (i + 1)].tolist())
+            for i in range(done)
+        ]
+
+    def _embedding(self, embedding: PackedWeight | PackedCodes | Tensor, tokens: int) -> tuple[int, int]:
+        """Form and address of a table of inputs for so many tokens."""
+        if isinstance(embedding, Tensor):
+            outputs, inputs = embedding.shape
+            fine = embedding.dtype == self.dtype and embedding.is_cpu and embedding.is_contiguous()
+            form, address = 2, embedding.data_ptr()
+        else:
+            outputs, inputs = embedding.outputs, embedding.inputs
+            fine = isinstance(embedding, PackedCodes) or self.dtype == torch.bfloat16
+            form, address = int(isinstance(embedding, PackedCodes)), embedding.handle
+        if not fine or inputs != self.input.width or outputs < tokens:
+            raise ValueError(f"an embedding [{outputs}, {inputs}] gives no {self.dtype} inputs for {tokens} tokens")
+        return form, address
+
+    def _step(
+        self,
+        tokens: int,
+        inputs: int,
+        buffers: Tensor,
+        turn: tuple[int | None, int | None],
+        plans: array[int],
+        pools: Pools,
+    ) -> _Step:
+        step = _Step(
+            tokens,
+            _BYTES[self.dtype],
+            inputs,
+            buffers.data_ptr(),
+            *turn,
+            self._turned or 0,
+            plans.buffer_info()[0],
+            pools.address,
+        )
+        step.threads = torch.get_num_threads()
+        return step
+
+    def _coded(self) -> tuple[int, int]:
+        """Address and number of the operations."""
+        if self._code is None:
+            self._code = (_Operation * len(self._operations))(*self._operations)
+        return ctypes.addressof(self._code), len(self._code)
 
     def _plans(self, past: Past, tokens: int) -> array[int]:
         """Addresses of the plans, of which each fits its pools."""

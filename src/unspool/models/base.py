@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from unspool.attention.dense import DenseAttention
 from unspool.cache.layout import LayerGroup
+from unspool.kernels.program import Chosen, Stops
 from unspool.models.adapters import Adapters, Mixer, Selection
 from unspool.models.layers.embedding import Embedding
 from unspool.models.layers.linear import Linear, pack
@@ -201,6 +202,21 @@ class Model(nn.Module):
         """Logits `[kept, vocab]` of one batch; the new keys and values are stored through `batch.attend`."""
         hidden = self._adapted_body(batch)
         return self.head(hidden if batch.keep is None else hidden.index_select(0, batch.keep))
+
+    def go_on(
+        self, attend: Attend, tokens: Sequence[int], positions: Sequence[int], stops: Stops
+    ) -> list[Chosen] | None:
+        """Greedy steps of some rows by themselves, where nobody has to see anything between them.
+
+        Args:
+            attend: of the first step, in which every row feeds one token; with room for all.
+            tokens, positions: of each row, to be fed first; no row has an adapter or embeddings of its own.
+            stops: when rows end. Rows that ended go along, until more than half have.
+
+        Returns:
+            What each step chose, `None` where such steps are not possible; then nothing is done.
+        """
+        return None
 
     def _adapted_body(self, batch: Batch) -> Tensor:
         if batch.adapters is None:

@@ -7,7 +7,7 @@ another activation, an unpacked weight, an adapter with gains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from unspool.attention.native import NativeAttention
 from unspool.kernels.elementwise import silu_gate
 from unspool.kernels.linear import PackedWeight
-from unspool.kernels.program import Adapted, Buffer, Program
+from unspool.kernels.program import Adapted, Buffer, Chosen, Past, Program, Stops
 from unspool.kernels.quantised import PackedCodes
+from unspool.models.layers.embedding import Embedding
 from unspool.models.layers.linear import Linear
 from unspool.models.layers.norm import RMSNorm
 from unspool.models.layers.quantised import QuantisedForm
-from unspool.models.layers.rotary import Turn
+from unspool.models.layers.rotary import Rotary, Turn
 from unspool.models.layers.watched import changes, hooked
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class CompiledLayers:
         self._plain: list[Tensor] = []
         self._state: list[int] = []
         self._hooked = False
-        self._recorded: dict[tuple[torch.dtype, int | None], _Recorded | None] = {}
+        self._recorded: dict[tuple[torch.dtype, int | None, Linear | None], _Recorded | None] = {}
 
     def run(self, layers: nn.ModuleList, norm: RMSNorm, x: Tensor, turn: Turn, batch: Batch) -> Tensor | None:
         """Hidden states `[tokens, hidden]` after `layers` and `norm`, of embeddings `x`; `None` where it cannot be."""
@@ -71,7 +72,7 @@ class CompiledLayers:
         self._look(layers, norm)
         if self._hooked:
             return None
-        key = (x.dtype, batch.layers)
+        key = (x.dtype, batch.layers, None)
         if key not in self._recorded:
             self._recorded[key] = self._record(layers, norm, *key)
         recorded = self._recorded[key]
@@ -81,6 +82,33 @@ class CompiledLayers:
         if batch.adapters is not None and (adapted := batch.adapters.adapted(recorded.linears)) is None:
             return None
         return recorded.program.run(x.contiguous(), recorded.out, attend.past, turn, adapted)
+
+    def go_on(
+        self,
+        layers: nn.ModuleList,
+        norm: RMSNorm,
+        ends: tuple[Embedding, Linear],
+        past: Past,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        rotary: Rotary,
+        stops: Stops,
+    ) -> list[Chosen] | None:
+        """Greedy steps by themselves; see `models.base.Model.go_on`. `ends` stand before and after the layers."""
+        embedding, head = ends
+        dtype = past.pools.dtype
+        packed = embedding.weight.detach() if embedding._packed is None else _form(embedding)
+        self._look(layers, norm)
+        if self._hooked or packed is None or hooked([embedding, head]) or torch.is_grad_enabled():
+            return None
+        key = (dtype, None, head)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(layers, norm, *key)
+        recorded = self._recorded[key]
+        table = rotary.table(max(positions) + max(stops.limits), dtype)
+        if recorded is None or table is None:
+            return None
+        return recorded.program.go_on(tokens, positions, recorded.out, past, table, packed, stops)
 
     def _look(self, layers: nn.ModuleList, norm: RMSNorm) -> None:
         """Forget what was recorded of other modules or weights, and see whether someone listens to these."""
@@ -96,11 +124,15 @@ class CompiledLayers:
         elif self._hooked:
             self._hooked = hooked(self._modules)
 
-    def _record(self, layers: nn.ModuleList, norm: RMSNorm, dtype: torch.dtype, number: int | None) -> _Recorded | None:
+    def _record(
+        self, layers: nn.ModuleList, norm: RMSNorm, dtype: torch.dtype, number: int | None, head: Linear | None
+    ) -> _Recorded | None:
         blocks: Iterable[Block] = layers[:number]  # type: ignore[assignment]
         try:
             recorder = _Recorder(self._shape, dtype)
             out = recorder.layers(blocks, norm)
+            if head is not None:
+                out = recorder.head(head, out)
         except _NoKernel:
             return None
         return _Recorded(recorder.program, out, recorder.linears)
@@ -108,6 +140,14 @@ class CompiledLayers:
 
 class _NoKernel(Exception):
     """A part of a layer has no kernel."""
+
+
+def _form(module: Linear | Embedding) -> PackedWeight | PackedCodes | None:
+    """The weight as the kernels take it, where they do."""
+    packed: object = module._packed
+    if isinstance(packed, QuantisedForm):
+        packed = packed.compiled
+    return packed if isinstance(packed, PackedWeight | PackedCodes) else None
 
 
 class _Recorder:
@@ -203,11 +243,15 @@ class _Recorder:
         self._linear(part.down, gated, out)
         program.release(both)
 
+    def head(self, head: Linear, hidden: Buffer) -> Buffer:
+        """Logits."""
+        logits = self.program.buffer(sum(head.parts))
+        self._linear(head, hidden, logits)
+        return logits
+
     def _linear(self, layer: Linear, x: Buffer, out: Buffer) -> None:
-        packed: object = layer._packed
-        if isinstance(packed, QuantisedForm):
-            packed = packed.compiled
-        if not isinstance(packed, PackedWeight | PackedCodes):
+        packed = _form(layer)
+        if packed is None:
             raise _NoKernel
         try:
             self.program.product(x, packed, layer.bias, out)

@@ -5,14 +5,16 @@ They are Llama, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3, Phi-3, Granite and OLMo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unspool.attention.native import NativeAttention
 from unspool.kernels.elementwise import norm_heads
+from unspool.kernels.program import Chosen, Stops
 from unspool.models.base import Attend, Batch, Model, ModelSpec
 from unspool.models.compiled import CompiledLayers
 from unspool.models.layers.activation import gated
@@ -210,6 +212,16 @@ class Llama(Model):
         if batch.trace is not None:
             batch.trace.append(x)
         return x
+
+    def go_on(
+        self, attend: Attend, tokens: Sequence[int], positions: Sequence[int], stops: Stops
+    ) -> list[Chosen] | None:
+        """See `Model.go_on`."""
+        plain = self.shape.embedding_multiplier == self.shape.logits_divisor == 1.0
+        if not plain or not isinstance(attend, NativeAttention):
+            return None
+        ends = self.embedding, self.lm_head
+        return self._compiled.go_on(self.layers, self.norm, ends, attend.past, tokens, positions, self.rotary, stops)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[n, vocab]` of `hidden` `[n, hidden]`."""

@@ -122,6 +122,7 @@ def model_drafter(
         draft.device,
         recompute_past=draft.recompute_past,
         distributions=drawn,
+        greedy=noise is None and not processors and not drawn,
         words=words,
         positions=draft.positions,
     )

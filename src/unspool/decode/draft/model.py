@@ -12,8 +12,9 @@ from unspool.decode.draft.rules import DraftRules, Pace
 from unspool.decode.draft.words import SameWords, Words
 from unspool.decode.loop import Loop
 from unspool.decode.plan import StaticScheduler
-from unspool.decode.runner import Runner
+from unspool.decode.runner import PagedRunner, Runner
 from unspool.decode.sequence import Choice, Chooser, Group, Sequence
+from unspool.kernels.program import Stops
 
 
 class ModelDrafter:
@@ -29,6 +30,7 @@ class ModelDrafter:
         device: the draft model's.
         recompute_past: the draft model's; see `ModelSpec`.
         distributions: keep the distributions that tokens were drawn from, for the check.
+        greedy: the chooser takes the draft model's likeliest token and changes nothing.
         words: how the rows' tokens and the draft model's are translated.
         positions: most tokens of one of the draft model's rows.
     """
@@ -44,6 +46,7 @@ class ModelDrafter:
         *,
         recompute_past: int | None,
         distributions: bool,
+        greedy: bool = False,
         words: Words | None = None,
         positions: int | float = math.inf,
     ) -> None:
@@ -55,6 +58,7 @@ class ModelDrafter:
         self._device = device
         self._recompute_past = recompute_past
         self._paces = [Pace(rules) for _ in mirrors]
+        self._greedy = greedy and words is None and recompute_past is None
         self._words = SameWords() if words is None else words
         self._positions = positions
         self._drafted: list[list[int]] = [[] for _ in mirrors]
@@ -94,14 +98,34 @@ class ModelDrafter:
     def _run(self, mirrors: list[Sequence]) -> None:
         """Decode with the draft model until every mirror has its draft, or most of them."""
         self._drafting = len(mirrors)
+        if self._greedy:
+            self._steps(mirrors, 1)
+            mirrors = self._go_on(mirrors)
+        if mirrors:
+            self._steps(mirrors, max(self._limits))
+
+    def _steps(self, mirrors: list[Sequence], steps: int) -> None:
         scheduler = StaticScheduler(
             Group(mirrors, self._chooser, self),
             self._runner,
-            steps=max(self._limits),
+            steps=steps,
             recompute_past=self._recompute_past,
             keep_stored=True,
         )
         Loop(self._runner, scheduler, device=self._device, in_step=True).run()
+
+    def _go_on(self, mirrors: list[Sequence]) -> list[Sequence]:
+        """Let the draft model go on by itself, where nothing but its likeliest tokens is wanted; gives who is left."""
+        going = [mirror for mirror in mirrors if mirror.finish is None]
+        if not going or not isinstance(self._runner, PagedRunner):
+            return going
+        limits = [self._limits[mirror.row] - len(self._drafted[mirror.row]) for mirror in going]
+        stops = Stops(limits, self._rules.eos, self._rules.confidence)
+        for tokens, shares in self._runner.go_on(going, stops):
+            self._take(going, tokens, [share >= self._rules.confidence for share in shares])
+        for mirror in going:
+            mirror.computed = min(mirror.computed, len(mirror.tokens))
+        return [mirror for mirror in going if mirror.finish is None]
 
     def proposals(self, row: Sequence) -> Tensor | None:
         """The distributions `[draft, vocab]` that a row's draft was drawn from."""
@@ -116,18 +140,26 @@ class ModelDrafter:
         if confidence > 0:
             assert distributions is not None
             sure = (distributions.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0] >= confidence).tolist()
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if self._distributions is not None:
+            assert distributions is not None
+            for row, token, distribution in zip(rows, tokens, distributions, strict=True):
+                if token >= 0:
+                    self._distributions[row.row].append(distribution)
+        self._take(rows, tokens, sure or [True] * len(rows))
+
+    def _take(self, rows: list[Sequence], tokens: list[int], sure: list[bool]) -> None:
+        """Append a token to each row that goes on, and end those that have their draft, are done, or not sure."""
+        for row, token, certain in zip(rows, tokens, sure, strict=True):
+            if row.finish is not None:
+                continue
             if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
                 row.finish = "stop"
                 continue
             drafted = self._drafted[row.row]
             drafted.append(token)
             row.tokens.append(self._words.take(row.row, token))
-            if self._distributions is not None:
-                assert distributions is not None
-                self._distributions[row.row].append(distributions[i])
             full = len(drafted) >= self._limits[row.row]
-            if full or token in self._rules.eos or (sure is not None and not sure[i]):
+            if full or token in self._rules.eos or not certain:
                 row.finish = "stop"
         going = sum(row.finish is None for row in rows)
         if 2 * going < self._drafting:  # a step for few rows costs as much as one for many

@@ -122,12 +122,16 @@ class Rotary:
         if self.rope.by_length or not positions.is_cpu or not positions.numel():
             return None
         low, high = map(int, positions.aminmax())
-        if low < 0 or high >= _MOST_POSITIONS:
+        return None if low < 0 else self.table(high + 1, dtype)
+
+    def table(self, positions: int, dtype: torch.dtype) -> Turn | None:
+        """The angles of so many positions and perhaps more, on the CPU; `None` where none is kept."""
+        if self.rope.by_length or positions > _MOST_POSITIONS:
             return None
         table = self._tables.get(dtype)
-        if table is None or high >= len(table.cos):
+        if table is None or positions > len(table.cos):
             with torch.inference_mode(False), torch.no_grad():
-                first = torch.arange(max(_FIRST_POSITIONS, 1 << high.bit_length()))
+                first = torch.arange(max(_FIRST_POSITIONS, 1 << positions.bit_length()))
                 table = self._tables[dtype] = self._computed(first, None, dtype)
         return table
 
