@@ -5,14 +5,13 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
-#include <sched.h>
 
 #include <atomic>
 
 namespace unspool {
 namespace {
 
-constexpr int kSpins = 1 << 14;  // some hundred microseconds
+constexpr int kLooks = 1 << 12;  // some fifty microseconds
 
 struct Runtime {
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
@@ -59,20 +58,19 @@ void run_member(void* data) {
     together = before;
 }
 
-// Looks for what another thread does soon; where that thread has to wait for a processor itself, lets it have this one.
-template <class Seen>
-void spin(const Seen& seen) {
-    for (int i = 0; !seen(); i++) {
-        if (i > kSpins) {
-            sched_yield();
-            continue;
-        }
+// Waits until `seen` of what `value` holds. It is expected soon, so the thread first looks again and again; then it
+// sleeps, for the other may itself wait for this one's processor.
+template <class Number, class Seen>
+void await(const std::atomic<Number>& value, const Seen& seen) {
+    for (int i = 0; i < kLooks; i++) {
+        if (seen(value.load(std::memory_order_acquire))) return;
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #elif defined(__aarch64__)
         asm volatile("yield");
 #endif
     }
+    for (Number now; !seen(now = value.load(std::memory_order_acquire));) value.wait(now, std::memory_order_acquire);
 }
 
 // Threads that stay together for many pieces of work: the first hands them out, the others wait for the next.
@@ -88,6 +86,7 @@ public:
             size_ = runtime.team();
             work_(data_);
             pieces_.store(kOver, std::memory_order_release);
+            pieces_.notify_all();
         } else {
             serve(thread);
         }
@@ -98,10 +97,11 @@ public:
         piece_ = piece;
         left_.store(size_ - 1, std::memory_order_relaxed);
         pieces_.store(pieces_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+        pieces_.notify_all();
         inside = true;
         piece.body(piece.data, 0, size_);
         inside = false;
-        spin([this] { return left_.load(std::memory_order_acquire) == 0; });
+        await(left_, [](int left) { return left == 0; });
     }
 
     void wait() {
@@ -109,8 +109,9 @@ public:
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
+            phase_.notify_all();
         } else {
-            spin([&] { return phase_.load(std::memory_order_acquire) != phase; });
+            await(phase_, [=](unsigned now) { return now != phase; });
         }
     }
 
@@ -122,14 +123,13 @@ private:
 
     void serve(int thread) {
         for (unsigned seen = 0;;) {
-            unsigned now = seen;
-            spin([&] { return (now = pieces_.load(std::memory_order_acquire)) != seen; });
-            if (now == kOver) return;
-            seen = now;
+            await(pieces_, [=](unsigned now) { return now != seen; });
+            seen = pieces_.load(std::memory_order_acquire);
+            if (seen == kOver) return;
             inside = true;
             piece_.body(piece_.data, thread, size_);
             inside = false;
-            left_.fetch_sub(1, std::memory_order_release);
+            if (left_.fetch_sub(1, std::memory_order_release) == 1) left_.notify_one();
         }
     }
 
