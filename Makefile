@@ -13,7 +13,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses=4
 
 # The parity core, which the oldest transformers is tested with too.
 OLDEST_TESTS := $(addprefix tests/parity/test_,$(addsuffix .py,adapters architectures auto_classes generate \
-	generate_beams generate_inputs interop models_logits own_modules quantised_checkpoints seed_pages))
+	generate_beams generate_inputs interop models_logits own_modules quantised_checkpoints ragged seed_pages trainers))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -116,11 +116,12 @@ def test_a_trainer_batches_continuously() -> None:
     model = make_model("llama").train()
     config = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=2)
     prompts = [[5, 9, 11], [17, 4, 8, 6], [3]]
+    if hasattr(transformers.generation, "ContinuousBatchingConfig"):
+        batching = {"continuous_batching_config": transformers.generation.ContinuousBatchingConfig()}
+    else:  # transformers 5.2
+        batching = {"num_q_padding_intervals": 2, "num_kv_padding_intervals": 2, "allow_block_sharing": False}
     with unspool.enabled(), torch.no_grad():
-        batching = transformers.generation.ContinuousBatchingConfig()
-        answers = model.generate_batch(
-            prompts, generation_config=config, continuous_batching_config=batching, progress_bar=False
-        )
+        answers = model.generate_batch(prompts, generation_config=config, progress_bar=False, **batching)
     model.train()
     for prompt, answer in zip(prompts, answers.values(), strict=True):
         alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]

@@ -147,9 +147,10 @@ class ContinuousMixin:
         Args:
             generation_config: settings of requests that bring none of their own.
             block, timeout: of the `stop` at the end.
-            kwargs: see `init_continuous_batching`; `persistent_manager` and `warmup` are accepted for compatibility.
+            kwargs: see `init_continuous_batching`; `persistent_manager`, `warmup`, `num_q_cuda_graphs` and
+                `num_kv_cuda_graphs` are accepted for compatibility.
         """
-        for name in ("persistent_manager", "warmup"):
+        for name in ("persistent_manager", "warmup", "num_q_cuda_graphs", "num_kv_cuda_graphs"):
             kwargs.pop(name, None)
         manager = self.init_continuous_batching(generation_config, **kwargs)
         manager.start()
