@@ -41,11 +41,25 @@ def check_accounts(room: Any, rows: Any) -> None:
         assert node.users or node.children or any(block != GONE for block in node.blocks), "it stands for something"
 
 
+def check_swapped(room: Any) -> None:
+    """Every block of the swap area has as many references as shelves hold it; names belong to such blocks alone."""
+    if room.swap is None:
+        assert not room._shelves
+        return
+    for group, pool in enumerate(room.swap.blocks):
+        held = Counter(block for shelf in room._shelves.values() for block in shelf.blocks(group))
+        assert [pool.references(block) for block in range(pool.count)] == [held[b] for b in range(pool.count)]
+        assert pool.free == pool.count - len(held)
+        names = room.swap._name_of[group]
+        assert set(names) <= set(held)
+        assert {name: block for block, name in names.items()} == room.swap._block_of[group]
+
+
 def check_all_given_back(room: Any) -> None:
     """No row lives: every block is free or findable, and all of them can be had."""
     check_accounts(room, [])
     assert not room._shelves
-    assert room.swap is None or all(pool.free == pool.count for pool in room.swap.blocks)
+    check_swapped(room)
     assert not room._trails and not room._promises
     assert all(node.users == 0 for node in nodes_of(room.index))
     for group, pool in enumerate(room.store.blocks):

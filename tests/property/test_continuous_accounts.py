@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accounts import check_accounts, check_all_given_back
+from accounts import check_accounts, check_all_given_back, check_swapped
 from families import make_checkpoint
 from hypothesis import example, given, settings, strategies as st
 
@@ -134,6 +134,7 @@ def test_every_block_is_accounted_for(
         moved = manager.step()
         clock += 1
         check_accounts(room, [row for state in active.values() for row in state.rows])
+        check_swapped(room)
         return moved
 
     for prompt, kind, wait, until in requests:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import count
+from itertools import count, product
+from typing import Any
 
+import pytest
 import torch
-from accounts import check_accounts, check_all_given_back, nodes_of
+from accounts import check_accounts, check_all_given_back, check_swapped, nodes_of
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -31,7 +33,8 @@ class RoomMachine(RuleBasedStateMachine):
         self.store = PagedStore(GROUPS, self.blocks, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
         self.room = Room(self.store, sharing=True, swap=SwapArea(self.store, self.blocks))
         self.rows: dict[Sequence, str] = {}
-        self.aside: dict[Sequence, str] = {}
+        self.aside: dict[tuple[Sequence, ...], str] = {}
+        self.left: dict[tuple[Sequence, ...], list[dict[Any, int]]] = {}  # of each group, nodes and where they lie
         self.texts = count()
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), tenant=st.sampled_from("ab"))
@@ -78,24 +81,53 @@ class RoomMachine(RuleBasedStateMachine):
             self.room.forget(nodes)
 
     @precondition(lambda self: self.rows)
-    @rule(data=st.data())
-    def put_aside(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(list(self.rows)))
-        tenant = self.rows.pop(row)
-        self.room.put_aside([row])
-        self.room.release(row)
-        if self.room.is_aside(row):
-            self.aside[row] = tenant
+    @rule(data=st.data(), most=st.integers(1, 3))
+    def put_aside(self, data: st.DataObject, most: int) -> None:
+        """A request of one or several rows; those are not indexed any more."""
+        first = data.draw(st.sampled_from(list(self.rows)))
+        tenant = self.rows[first]
+        others = [row for row in self.rows if row is not first and self.rows[row] == tenant]
+        rows = (first, *others[: most - 1])
+        index, area = self.room.index, self.room.swap
+        held = [{b for row in rows for b in (row.blocks[i] if row.blocks else ()) if b != GONE} for i in range(2)]
+        nodes = [{index.at(i, b): b for b in held[i] if index.at(i, b) is not None} for i in range(2)]
+        there = [set().union(*(left[i] for left in self.left.values())) for i in range(2)]
+        free = [pool.free for pool in area.blocks]
+        self.room.put_aside(rows)
+        taken = [before - pool.free for before, pool in zip(free, area.blocks, strict=True)]
+        if self.room.is_aside(first):
+            for i in range(2):
+                assert taken[i] <= len(held[i]) - len(nodes[i].keys() & there[i]), (
+                    "what was left there is not left twice"
+                )
+            shelf = self.room._shelves[first]
+            places = [
+                {
+                    b: put
+                    for row, tables in zip(rows, shelf.tables, strict=True)
+                    if tables
+                    for b, put in zip(row.blocks[i], tables[i], strict=True)
+                }
+                for i in range(2)
+            ]
+            self.left[rows] = [{node: places[i][b] for node, b in nodes[i].items()} for i in range(2)]
+            self.aside[rows] = tenant
+        else:
+            assert taken == [0, 0]
+        for row in rows:
+            del self.rows[row]
+            self.room.release(row)
 
     @precondition(lambda self: self.aside)
     @rule(data=st.data())
     def bring_back(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(list(self.aside)))
+        rows = data.draw(st.sampled_from(list(self.aside)))
         self.room.clock += 1
-        if self.room.bring_back([row], self.aside[row]):
-            self.rows[row] = self.aside.pop(row)
+        if self.room.bring_back(rows, self.aside[rows]):
+            del self.left[rows]
+            self.rows |= dict.fromkeys(rows, self.aside.pop(rows))
         else:
-            assert not row.blocks and self.room.is_aside(row)
+            assert not any(row.blocks for row in rows) and self.room.is_aside(rows[0])
 
     @invariant()
     def every_row_reads_its_own_text(self) -> None:
@@ -111,15 +143,34 @@ class RoomMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_are_accounted_for(self) -> None:
         check_accounts(self.room, list(self.rows))
-        users = Counter(node for row in self.rows for node in self.room._trails[row].nodes)
+        trails = [trail for row in self.rows if (trail := self.room._trails.get(row)) and not trail.frozen]
+        users = Counter(node for trail in trails for node in trail.nodes)
         for node in nodes_of(self.room.index):
             assert node.users == users[node]
+
+    @invariant()
+    def what_was_put_aside_is_there_once(self) -> None:
+        check_swapped(self.room)
+        area = self.room.swap
+        for group in range(2):
+            places: dict[Any, int] = {}
+            for left in self.left.values():
+                for node, block in left[group].items():
+                    assert places.setdefault(node, block) == block
+        for rows, tenant in self.aside.items():
+            shelf = self.room._shelves[rows[0]]
+            for row, computed, tables in zip(rows, shelf.computed, shelf.tables, strict=True):
+                for group, place in product(range(2) if tables else (), range(computed)):
+                    block = tables[group][place // SIZE]
+                    if block != GONE:
+                        stored = float(area._pools[group][0][block, place % SIZE, 0, 0])
+                        assert stored == 10.0 * ord(tenant) + row.tokens[place]
 
     def teardown(self) -> None:
         for row in self.rows:
             self.room.release(row)
-        for row in self.aside:
-            self.room.discard(row)
+        for rows in self.aside:
+            self.room.discard(rows[0])
         check_all_given_back(self.room)
 
 
@@ -160,6 +211,59 @@ def test_a_row_that_comes_back_pushes_out_the_beginning_that_it_was_found_by() -
     compute(first, 20)
     check_accounts(room, [first, other])
     for row in (first, other):
+        room.release(row)
+    check_all_given_back(room)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_block_that_two_requests_share_is_out_once_and_comes_back_shared(several: bool) -> None:
+    store = PagedStore(GROUPS[:1], 9, dtype=torch.float32, device=torch.device("cpu"), block_size=SIZE)
+    room = Room(store, sharing=True, swap=SwapArea(store, [8]))
+    text = [1] * 8
+    requests = [[Sequence(0, [*text, 2 + i, 7]) for _ in range(1 + several)] for i in range(2)]
+
+    def compute(row: Sequence) -> None:
+        assert room.extend(row, len(row.tokens) - row.computed)
+        for place in range(10):
+            store.keys[0][row.blocks[0][place // SIZE] * SIZE + place % SIZE] = float(row.tokens[place])
+        row.computed = 10
+        room.advance(row)
+
+    def used() -> int:
+        return store.blocks[0].count - store.blocks[0].free - store.blocks[0].idle
+
+    for rows in requests:
+        for row in rows:
+            assert room.admit(row, None)
+            compute(row)
+            if several:
+                room.freeze(row)
+    every = [row for rows in requests for row in rows]
+    together = 2 + len(every)
+    assert used() == together
+    for round in range(3):
+        for rows in requests:
+            room.put_aside(rows)
+            for row in rows:
+                room.release(row)
+        assert room.swap is not None and 8 - room.swap.blocks[0].free == together, "the two they share are there once"
+        check_swapped(room)
+        room.index.give_up(0, 9)
+        assert room.bring_back(requests[round % 2], None)
+        if round == 1:  # one alone goes out and in again
+            room.put_aside(requests[1])
+            for row in requests[1]:
+                room.release(row)
+            assert 8 - room.swap.blocks[0].free == together
+            assert room.bring_back(requests[1], None)
+        assert room.bring_back(requests[1 - round % 2], None)
+        assert used() == together, "and here"
+        assert room.swap.blocks[0].free == 8
+        check_accounts(room, every)
+        for row in every:
+            slots = [row.blocks[0][place // SIZE] * SIZE + place % SIZE for place in range(10)]
+            assert store.keys[0][slots, 0, 0].tolist() == row.tokens
+    for row in every:
         room.release(row)
     check_all_given_back(room)
 

@@ -90,6 +90,10 @@ class PrefixIndex:
                 usable = len(path)
         return path[:usable]
 
+    def at(self, index: int, block: int) -> Node | None:
+        """The node whose block in layer group number `index` is `block`."""
+        return self._nodes[index].get(block)
+
     def tables(self, nodes: Sequence[Node]) -> list[list[int]]:
         """Block tables of a row that goes on after `nodes`, and now refers to their blocks."""
         tables = []

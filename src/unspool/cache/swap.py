@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Shelf:
     Attributes:
         computed: of each row, how many tokens are stored.
         tables: of each row and layer group, blocks of the swap area; `GONE` where the row had none any more. Blocks
-            that rows shared are there once.
+            that rows shared, also with rows of other requests, are there once.
         ready: when the device has copied them; `None` on a CPU.
     """
 
@@ -53,28 +53,46 @@ class SwapArea:
         if store.device.type == "cuda":
             self._side = torch.cuda.Stream(store.device)  # type: ignore[no-untyped-call]
         self.blocks = [Blocks(count) for count in counts]
+        self._block_of: list[dict[Hashable, int]] = [{} for _ in counts]  # by name
+        self._name_of: list[dict[int, Hashable]] = [{} for _ in counts]
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, index in store.group_of.items():
             shape = (counts[index], store.block_size, *store.keys[layer].shape[1:])
             dtype = store.keys[layer].dtype
             self._pools[layer] = (self._allocate(shape, dtype), self._allocate(shape, dtype))
 
-    def put(self, rows: Sequence[Row]) -> Shelf | None:
-        """Copy what is stored of `rows`; `None`, with nothing done, when there is no room for all of it."""
+    def put(
+        self, rows: Sequence[Row], name: Callable[[int, int], Hashable] = lambda index, block: None
+    ) -> Shelf | None:
+        """Copy what is stored of `rows`; `None`, with nothing done, when there is no room for all of it.
+
+        Args:
+            rows: of one request.
+            name: gives what tells the contents of block `block` of layer group number `index` from all others, or
+                `None`. What lies here under its name already is not copied again.
+        """
         store = self._store
         every = [
             list(dict.fromkeys(b for row in rows for b in (row.blocks[index] if row.blocks else ()) if b != GONE))
             for index in range(len(store.groups))
         ]
-        if any(len(some) > pool.free for some, pool in zip(every, self.blocks, strict=True)):
+        names = [{b: name(index, b) for b in some} for index, some in enumerate(every)]
+        here = [
+            {b: known[called] for b, called in some.items() if called in known}
+            for some, known in zip(names, self._block_of, strict=True)
+        ]
+        if any(len(some) - len(at) > pool.free for some, at, pool in zip(every, here, self.blocks, strict=True)):
             return None
         places: list[dict[int, int]] = []
-        for index, (some, pool) in enumerate(zip(every, self.blocks, strict=True)):
-            taken = pool.take(len(some))
+        for index, (some, at, pool) in enumerate(zip(every, here, self.blocks, strict=True)):
+            pool.share(at.values())
+            fresh = [b for b in some if b not in at]
+            taken = pool.take(len(fresh))
             assert taken is not None
-            places.append({GONE: GONE} | dict(zip(some, taken, strict=True)))
-            if some:
-                self._copy_out(index, some, taken)
+            self._copy_out(index, fresh, taken)
+            for source, block in zip(fresh, taken, strict=True):
+                self.rename(index, block, names[index][source])
+            places.append({GONE: GONE} | at | dict(zip(fresh, taken, strict=True)))
         tables = [[[at[b] for b in table] for at, table in zip(places, row.blocks, strict=False)] for row in rows]
         return Shelf([row.computed for row in rows], tables, self._mark())
 
@@ -96,9 +114,27 @@ class SwapArea:
     def drop(self, shelf: Shelf) -> None:
         """Give back the room of a shelf."""
         for index, pool in enumerate(self.blocks):
-            pool.drop(shelf.blocks(index))
+            blocks = shelf.blocks(index)
+            pool.drop(blocks)
+            for block in blocks:
+                if not pool.references(block):
+                    self._block_of[index].pop(self._name_of[index].pop(block, None), None)
+
+    def rename(self, index: int, block: int, name: Hashable) -> None:
+        """Let what lies in `block` go by another name from now on, unless it is on no shelf or that name is taken."""
+        if name is None or name in self._block_of[index] or not self.blocks[index].references(block):
+            return
+        self._block_of[index].pop(self._name_of[index].get(block), None)
+        self._block_of[index][name] = block
+        self._name_of[index][block] = name
+
+    def is_named(self, index: int, block: int) -> bool:
+        """Whether `block` was told a name."""
+        return block in self._name_of[index]
 
     def _copy_out(self, index: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        if not sources:
+            return
         store = self._store
         chosen = torch.tensor(sources, device=store.device)
         for layer in store.groups[index].layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Sequence as Items
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from unspool.cache.blocks import GONE
 from unspool.cache.paged import PagedStore
@@ -180,13 +181,13 @@ class Room:
             self.index.give_up(index, more)
         return store.extend(row, tokens)
 
-    def advance(self, row: Sequence) -> None:
-        """Index the blocks that a row has filled with tokens that are certain."""
+    def advance(self, row: Sequence, most: int = sys.maxsize) -> None:
+        """Index the blocks that a row has filled with tokens that are certain, its first `most` at most."""
         trail = self._trails.get(row)
         if trail is None or trail.frozen:
             return
         trail.moved = self.clock
-        size, stored = self.store.block_size, min(row.computed, len(row.tokens))
+        size, stored = self.store.block_size, min(row.computed, len(row.tokens), most)
         at = len(trail.nodes) - 1
         while (at + 1) * size <= stored:
             tokens = tuple(row.tokens[at * size : (at + 1) * size])
@@ -234,10 +235,13 @@ class Room:
             self.store.wipe(index, blocks)
 
     def put_aside(self, rows: Items[Sequence]) -> None:
-        """Copy what is stored of a request's rows, which are to be released, into the swap area if there is room."""
+        """Copy what is stored of a request's rows, which are to be released, into the swap area if there is room.
+
+        A block that others left there is not copied again.
+        """
         if self.swap is None or not rows[0].blocks or rows[0] in self._shelves:
             return
-        shelf = self.swap.put(rows)
+        shelf = self.swap.put(rows, self.index.at)
         if shelf is not None:
             self._shelves[rows[0]] = shelf
             self.swaps += 1
@@ -249,23 +253,27 @@ class Room:
     def bring_back(self, rows: Items[Sequence], key: Hashable) -> bool:
         """Give rows without blocks what was put aside of them; `False`, with nothing done, when there is no room.
 
-        A single row uses what is indexed of its text, and only the rest is copied.
+        What is indexed of their texts is used, and only the rest is copied; that is then indexed again.
         """
         shelf, swap = self._shelves[rows[0]], self.swap
         assert swap is not None
-        nodes: list[Node] = []
-        if self.sharing and len(rows) == 1:
-            root = self.index.root(key)
-            nodes = [root, *self.index.find(root, rows[0].tokens, min(shelf.computed[0], len(rows[0].tokens)))]
-            self.index.use(nodes)  # at once: what is given up below must not take them out of the tree
-        found = [self._found(shelf, index, nodes[1:]) for index in range(len(self.store.groups))]
+        certain = [self._certain(shelf, place) for place in range(len(rows))]
+        paths: list[list[Node]] = [[] for _ in rows]
+        if self.sharing:
+            for place, row in enumerate(rows):
+                if certain[place] or len(rows) == 1:
+                    root = self.index.root(key)
+                    paths[place] = [root, *self.index.find(root, row.tokens, min(certain[place], len(row.tokens)))]
+                    self.index.use(paths[place])  # at once: what is given up below must not take them out of the tree
+        found = [self._found(shelf, index, paths) for index in range(len(self.store.groups))]
         for pool, at in zip(self.store.blocks, found, strict=True):
-            pool.share(list(at.values()))
+            pool.share(at.values())
         lists = [[b for b in shelf.blocks(index) if b not in found[index]] for index in range(len(found))]
         if any(len(some) > pool.free + pool.idle for some, pool in zip(lists, self.store.blocks, strict=True)):
             for pool, at in zip(self.store.blocks, found, strict=True):
                 pool.drop(list(at.values()))
-            self.index.leave(nodes)
+            for path in paths:
+                self.index.leave(path)
             return False
         for index, (some, pool) in enumerate(zip(lists, self.store.blocks, strict=True)):
             self.index.give_up(index, len(some) - pool.free)
@@ -274,17 +282,31 @@ class Room:
             swap.fetch(shelf, index, some, taken)
             found[index] |= zip(some, taken, strict=True)
         self._restore(rows, shelf, found)
-        if nodes:
-            self._trails[rows[0]] = _Trail(nodes, moved=self.clock)
-            self.advance(rows[0])
+        for row, path, most in zip(rows, paths, certain, strict=True):
+            if path:
+                self._trails[row] = _Trail(path, moved=self.clock)
+                self.advance(row, most)
+            if len(rows) > 1:
+                self.freeze(row)
+        for index, (some, at) in enumerate(zip(lists, found, strict=True)):
+            for block in some:  # where others left it too
+                swap.rename(index, block, self.index.at(index, at[block]))
         return True
 
-    def _found(self, shelf: Shelf, index: int, nodes: Items[Node]) -> dict[int, int]:
-        """Blocks of a single row's shelf that are indexed too, and where."""
-        table = shelf.tables[0][index] if nodes else []
+    def _certain(self, shelf: Shelf, place: int) -> int:
+        """How many tokens of a shelf's row its blocks are known to hold: of one of several, what was indexed before."""
+        assert self.swap is not None
+        if len(shelf.tables) == 1:
+            return shelf.computed[0]
+        named = [[self.swap.is_named(i, b) for b in table] for i, table in enumerate(shelf.tables[place])]
+        return sum(takewhile(bool, map(any, zip(*named, strict=True)))) * self.store.block_size
+
+    def _found(self, shelf: Shelf, index: int, paths: Items[Items[Node]]) -> dict[int, int]:
+        """Blocks of a shelf's rows that are indexed too, and where; the rows' texts are found at `paths`."""
         return {
             block: node.blocks[index]
-            for block, node in zip(table, nodes, strict=False)
+            for tables, path in zip(shelf.tables, paths, strict=True)
+            for block, node in zip(tables[index] if path else (), path[1:], strict=False)
             if GONE not in (block, node.blocks[index])
         }
 
