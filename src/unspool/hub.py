@@ -395,7 +395,7 @@ def _snapshot(repo: str, names: list[str], hub: HubArguments) -> Path:
         if hub.local_files_only:
             raise FileNotFoundError(
                 f"there is no folder {repo!r} here, and {repo!r}{revision} was not downloaded before; "
-                f"leave local_files_only out to fetch it{_like(repo)}"
+                f"leave local_files_only (--offline) out to fetch it{_like(repo)}"
             ) from error
         raise ConnectionError(
             f"there is no folder {repo!r} here, and the Hub cannot be reached to fetch {repo!r}{revision}; "

@@ -174,6 +174,9 @@ def test_a_damaged_library_is_not_used(kept: float | None, tmp_path: Path, monke
     assert found.library is None
     assert found.words == "compiled kernels not in use: _native.so is damaged; install unspool anew"
     (tmp_path / "_native.so").unlink()
+    (tmp_path / "_native.so").mkdir()
+    assert "_native.so does not load (" in native._load.__wrapped__().words
+    (tmp_path / "_native.so").rmdir()
     assert "not built" in native._load.__wrapped__().words
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from unspool.kernels.plain import product, usable
 
-pytestmark = pytest.mark.skipif(not usable(), reason="no AVX-512 BF16 kernels here")
+compiled = pytest.mark.skipif(not usable(), reason="no AVX-512 BF16 kernels here")
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +30,7 @@ def activations(rows: int, inputs: int) -> Tensor:
     return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).bfloat16()
 
 
+@compiled
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 32), (33, 70), (50, 576), (192, 31)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_products(outputs: int, inputs: int, biased: bool) -> None:
@@ -46,6 +51,7 @@ def test_products(outputs: int, inputs: int, biased: bool) -> None:
     assert shaped.shape == (1, 3, outputs)
 
 
+@compiled
 def test_threads_change_nothing() -> None:
     w, x = weight(301, 700), activations(5, 700)
     threads = torch.get_num_threads()
@@ -59,6 +65,7 @@ def test_threads_change_nothing() -> None:
     assert all(one is not None and torch.equal(one, found[0]) for one in found)
 
 
+@compiled
 def test_numbers_that_are_none_stay_so() -> None:
     x = activations(2, 40)
     x[1, 3] = float("nan")
@@ -68,6 +75,7 @@ def test_numbers_that_are_none_stay_so() -> None:
     assert bool(found[1].isnan().all())
 
 
+@compiled
 def test_what_does_not_fit_is_left_to_pytorch() -> None:
     w, x = weight(8, 64), activations(2, 64)
     assert product(x, w) is not None
@@ -82,3 +90,17 @@ def test_what_does_not_fit_is_left_to_pytorch() -> None:
     assert product(x, w, torch.zeros(8)) is None
     with torch.enable_grad():
         assert product(x, w) is None
+
+
+@pytest.mark.parametrize("level", ["0", "avx2"])
+def test_other_processors_leave_it_to_pytorch(level: str) -> None:
+    code = """
+import torch
+from unspool.kernels.plain import product, usable
+with torch.no_grad():
+    print(usable(), product(torch.ones(2, 64).bfloat16(), torch.nn.Parameter(torch.ones(8, 64).bfloat16())))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "UNSPOOL_KERNELS": level}, capture_output=True, text=True
+    )
+    assert done.stdout == "False None\n", done.stderr

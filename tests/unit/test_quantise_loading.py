@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import unspool
 from unspool.errors import Unsupported
+from unspool.kernels import native
 from unspool.models.layers.linear import Linear
 from unspool.models.layers.quantised import FP4, INT4, INT8, NF4, QuantisedForm, dequantise
 from unspool.models.registry import build
@@ -225,6 +227,37 @@ def test_loading_needs_little_more_memory_than_the_codes(quantize: str, big: Pat
     taken, codes = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert codes > (270e6 if quantize == "int8" else 130e6)
     assert taken <= 1.3 * codes
+
+
+WHOLE = """
+import sys
+import torch
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+before = peak()
+import unspool
+model, _ = unspool.load(sys.argv[1], dtype="bfloat16", quantize=sys.argv[2] or None)
+kept = {id(m._packed): m._packed for m in model.modules() if getattr(m, "_packed", None) is not None}.values()
+weights = sum(getattr(w, "nbytes", 2 * w.outputs * w.inputs) for w in kept)
+weights += sum(p.nbytes for p in model.parameters() if not p.is_meta)
+ids = torch.arange(3, 203)[None]
+out = model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=True, seed=1)
+config = model.config
+cache = out.numel() * 2 * 2 * config.hidden_size * config.num_hidden_layers
+print(peak() - before, weights, cache)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not native.active(), reason="PyTorch takes what it needs")
+@pytest.mark.parametrize("quantize", ["", "int8", "int4"])
+def test_generating_needs_little_beside_weights_and_cache(quantize: str, big: Path) -> None:
+    """From `import torch` to the last token; weights that were kept twice would not fit."""
+    shutil.copy(Path(unspool.__file__).parent / "assets" / "storyteller" / "tokenizer.json", big)
+    command = [sys.executable, "-c", WHOLE, str(big), quantize]
+    taken, weights, cache = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert weights > {"": 530e6, "int8": 270e6, "int4": 140e6}[quantize]
+    assert taken <= weights + cache + (150 << 20)
 
 
 def test_the_int4_default_is_groups_of_64() -> None:

@@ -1,6 +1,7 @@
 """Products with low-rank pairs of bf16 matrices on a CPU, by `lowrank.cpp`: each row has its pair, or none.
 
-A row's results are the same bits alone and in company, and on any number of threads.
+A row's results are the same bits alone and in company, and on any number of threads. They need AVX-512 BF16; PyTorch
+multiplies elsewhere.
 """
 
 from __future__ import annotations

@@ -93,9 +93,9 @@ def _look() -> _Loaded:
     files = sorted(Path(__file__).parent.glob("_native*.so"))
     if not files:
         return _off("they were not built (a C++ compiler is needed when unspool is installed)")
-    if not _whole(files[0]):
-        return _off(f"{files[0].name} is damaged; install unspool anew")
     try:
+        if not _whole(files[0]):
+            return _off(f"{files[0].name} is damaged; install unspool anew")
         loaded = ctypes.CDLL(str(files[0]))
         interface = loaded.unspool_interface()
     except (OSError, AttributeError) as error:
