@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +23,14 @@ from unspool.attention.registry import paged_attention
 from unspool.cache.paged import PagedStore
 from unspool.decode.runner import PagedRunner
 from unspool.decode.sequence import Group, Sequence, Want, Work
-from unspool.kernels import native
+from unspool.kernels import native, program
 from unspool.kernels.attention import Plan, Pools
+from unspool.kernels.best import best
 from unspool.kernels.elementwise import add_rms_norm, norm_heads, rms_norm, silu_gate, turn as rotate
 from unspool.kernels.linear import PackedWeight
 from unspool.kernels.program import Past, Program, Stops
 from unspool.kernels.quantised import PackedCodes
+from unspool.models.base import Batch
 from unspool.models.compiled import CompiledLayers
 
 pytestmark = pytest.mark.skipif(not native.active(), reason="the compiled kernels are not in use")
@@ -399,3 +408,140 @@ def test_nothing_to_choose(tmp_path: Path) -> None:
     store.reserve(row, 1)
     with torch.no_grad():
         assert [step.tokens for step in runner.go_on([row], Stops([3]))] == [[-1]]
+
+
+class Doubled(torch.nn.Module):
+    """Twice what another module gives."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        out: torch.Tensor = self.inner(*args)
+        return out * 2
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.down", "attention", "attention.qkv"])
+def test_modules_of_ones_own_are_called(part: str, tmp_path: Path, runs: list[bool]) -> None:
+    model = load(written(tmp_path, "llama"))
+    before = logits(model)
+    parent, _, name = f"layers.0.{part}".rpartition(".")
+    inner = model.get_submodule(f"layers.0.{part}")
+    setattr(model.get_submodule(parent), name, Doubled(inner))
+    runs.clear()
+    assert not torch.equal(logits(model), before)
+    assert not any(runs)
+    setattr(model.get_submodule(parent), name, inner)
+    runs.clear()
+    assert torch.equal(logits(model), before)
+    assert all(runs)
+
+
+def test_a_forward_of_ones_own_is_called(tmp_path: Path, runs: list[bool]) -> None:
+    model = load(written(tmp_path, "llama"))
+    before, calls = logits(model), []
+    mlp = model.layers[0].mlp
+    forward = mlp.forward
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return forward(x)
+
+    mlp.forward = counted
+    assert torch.equal(logits(model), before)
+    assert len(calls) == 12
+
+
+def test_heads_and_embeddings_of_ones_own_do_not_go_on(tmp_path: Path) -> None:
+    for part in ("lm_head", "embedding"):
+        model = load(written(tmp_path / part, "llama"))
+        runner, rows = rows_of(model, [[5, 6, 7]])
+        setattr(model, part, Doubled(getattr(model, part)))
+        with torch.no_grad():
+            assert runner.go_on(rows, Stops([3])) == []
+
+
+def test_hooks_for_all_modules_are_called(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"))
+    before, seen = logits(model), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(id(module)))
+    try:
+        assert torch.equal(logits(model), before)
+    finally:
+        handle.remove()
+    assert seen.count(id(model.layers[0].mlp)) == 12
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of PyTorch, which is slower so
+def test_a_weight_of_another_dtype(tmp_path: Path, runs: list[bool]) -> None:
+    model = load(written(tmp_path, "llama"), "int8")
+    model.layers[0].mlp_norm.float()
+    assert logits(model).isfinite().all()
+    assert runs and not any(runs)
+
+
+def test_another_default_device(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"), "int8")
+    runner, rows = rows_of(model, [[5, 6, 7]])
+    with torch.no_grad():
+        attend = paged_attention(runner.store, rows, [1])
+        batch = Batch(torch.tensor([5]), torch.tensor([3]), attend)
+        scores = torch.rand(2, 2048)
+        expected = model.step(batch), best(scores, 3)
+        with torch.device("meta"):
+            found = model.step(batch), best(scores, 3)
+            assert model.go_on(attend, [5], [3], Stops([2])) is not None
+    assert torch.equal(found[0], expected[0])
+    assert found[1] is not None and expected[1] is not None
+    assert all(map(torch.equal, found[1], expected[1]))
+
+
+def test_threads_that_look_anew(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"))
+    expected = logits(model)
+    wrong: list[object] = []
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                if not torch.equal(logits(model), expected):
+                    wrong.append("other numbers")
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            model.layers[0].multiplier = 1.0  # a change, which makes all of them look anew
+            time.sleep(1e-4)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def fields_of(header: Path, name: str) -> list[str]:
+    """The fields of a C++ struct."""
+    found = re.search(rf"struct {name} {{(.*?)}};", re.sub(r"//.*", "", header.read_text()), re.DOTALL)
+    assert found
+    return [re.findall(r"\w+", part)[-1] for line in found[1].split(";") if line.strip() for part in line.split(",")]
+
+
+@pytest.mark.parametrize("name", ["Operation", "Step", "Continuation"])
+def test_structs_lie_as_in_the_header(name: str, tmp_path: Path) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    header = Path(program.__file__).with_name("program.h")
+    struct: type[ctypes.Structure] = getattr(program, f"_{name}")
+    offsets = [getattr(struct, field[0]).offset for field in struct._fields_]
+    lines = [f"static_assert(sizeof(unspool::{name}) == {ctypes.sizeof(struct)});"]
+    fields = zip(fields_of(header, name), offsets, strict=True)
+    lines += [f"static_assert(offsetof(unspool::{name}, {field}) == {offset});" for field, offset in fields]
+    source = tmp_path / "layout.cpp"
+    source.write_text(f'#include "{header}"\n#include <cstddef>\n' + "\n".join(lines))
+    subprocess.run([compiler, "-std=c++20", "-fsyntax-only", str(source)], check=True)

@@ -41,7 +41,7 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
         return None
     rows, width = scores.shape
     scores = scores.contiguous()
-    values, places = scores.new_empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
+    values, places = scores.new_empty(rows, count), scores.new_empty(rows, count, dtype=torch.int64)
     failed = _functions()[1](
         scores.data_ptr(), rows, width, count, values.data_ptr(), places.data_ptr(), torch.get_num_threads()
     )

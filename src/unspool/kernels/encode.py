@@ -42,8 +42,8 @@ def encode(rows: Tensor, group: int, bits: int, bounds: Tensor | None, order: Te
     if not usable(rows) or group < 1 or bits not in (4, 8) or not table:
         raise ValueError(f"{rows.dtype} rows of {inputs} cannot be quantised to {bits} bits in groups of {group} here")
     rows = rows.contiguous()
-    codes = torch.empty(count, inputs, dtype=torch.uint8)
-    scales = torch.empty(count, -(-inputs // group))
+    codes = torch.empty(count, inputs, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(count, -(-inputs // group), device="cpu")
     kind = 0 if bits == 8 else 1 if bounds is None or order is None else 2
     bounds = None if bounds is None else bounds.float().cpu().contiguous()
     order = None if order is None else order.to("cpu", torch.uint8).contiguous()

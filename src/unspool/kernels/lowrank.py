@@ -63,10 +63,10 @@ class LowRankPair:
         with torch.inference_mode(False), torch.no_grad():
             self._down = PackedWeight(down)
             pairs, blocks = -(-rank // 2), -(-self.outputs // _LANES)
-            padded = torch.zeros(_LANES * blocks, 2 * pairs, dtype=torch.bfloat16)
+            padded = torch.zeros(_LANES * blocks, 2 * pairs, dtype=torch.bfloat16, device="cpu")
             padded[: self.outputs, :rank] = up.detach().t()
             lines = padded.view(blocks, _LANES, pairs, 2).transpose(1, 2).reshape(blocks, pairs, _LINE)
-            used, number = (lines != 0).any(2), torch.arange(pairs)
+            used, number = (lines != 0).any(2), torch.arange(pairs, device="cpu")
             first = torch.where(used, number, pairs).amin(1)
             end = torch.where(used, number + 1, 0).amax(1)
             first = torch.minimum(first, end)

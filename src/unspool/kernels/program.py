@@ -302,7 +302,7 @@ class Program:
                 raise ValueError(f"cosines and sines must be {self.dtype} {list(shape)} on the CPU")
             cos, sin = turn[0].data_ptr(), turn[1].data_ptr()
         plans = self._plans(past, tokens)
-        buffers = torch.empty(tokens * self._size, dtype=self.dtype)
+        buffers = torch.empty(tokens * self._size, dtype=self.dtype, device="cpu")
         step = self._step(tokens, x.data_ptr(), buffers, (cos, sin), plans, past.pools)
         if adapted is not None:
             rows = adapted.rows
@@ -354,18 +354,18 @@ class Program:
             raise ValueError(f"tokens {list(tokens)} are not of {out.width}")
         last = max(positions) + steps
         cos = sin = None
-        if table is not None:
+        if self._turned is not None:
+            if table is None:
+                raise ValueError("this program turns, and needs a table")
             if any(t.shape[1:] != (1, turned) or t.dtype != self.dtype or not t.is_contiguous() for t in table):
                 raise ValueError(f"cosines and sines must be {self.dtype} [positions, 1, {turned}]")
             if min(positions) < 0 or last > min(map(len, table)):
                 raise ValueError(f"{last} positions are not in a table of {len(table[0])}")
             cos, sin = table[0].data_ptr(), table[1].data_ptr()
-        elif self._turned is not None:
-            raise ValueError("this program turns, and needs a table")
         if any(plan.room < steps - 1 for plan in past.plans):
             raise ValueError(f"the plans have no room for {steps} steps")
         plans = self._plans(past, rows)
-        numbers = torch.empty(rows * (self._size + width + 2 * turned), dtype=self.dtype)
+        numbers = torch.empty(rows * (self._size + width + 2 * turned), dtype=self.dtype, device="cpu")
         first, size = rows * self._size, _BYTES[self.dtype]
         inputs, cosines, sines = (
             numbers.data_ptr() + size * place

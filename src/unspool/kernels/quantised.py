@@ -94,10 +94,10 @@ class PackedCodes:
         width = self.groups * step
         with torch.inference_mode(False):
             self._lines = reserve(padded * width // (2 if nibbles else 1))
-            self._units = torch.zeros(padded)
+            self._units = torch.zeros(padded, device="cpu")
             shape = (padded // _LANES, self.groups, _LANES)
-            self._scales = torch.zeros(shape, dtype=torch.float16) if nibbles else None
-            self._offsets = torch.zeros(shape, dtype=torch.float16) if offsets else None
+            self._scales = torch.zeros(shape, dtype=torch.float16, device="cpu") if nibbles else None
+            self._offsets = torch.zeros(shape, dtype=torch.float16, device="cpu") if offsets else None
             self._table = None if table is None else table.to(torch.bfloat16).repeat(2)
         memory = (self._lines, self._units, self._scales, self._offsets, self._table)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in memory]
@@ -145,7 +145,7 @@ class PackedCodes:
         if self._scales is None:
             self._units[first : first + count] = scales[:, 0]
             return
-        rows = torch.arange(first, first + count)
+        rows = torch.arange(first, first + count, device="cpu")
         largest = scales.abs().amax(dim=1)
         units = torch.exp2(torch.floor(torch.log2(torch.where(largest > 0, largest, 1.0))))
         self._units[first : first + count] = units
@@ -162,10 +162,10 @@ class PackedCodes:
         """
         if isinstance(rows, slice):
             first, end, _ = rows.indices(self.outputs)
-            rows = torch.arange(first, end)
+            rows = torch.arange(first, end, device="cpu")
         rows = _indexes(rows)
         count = rows.shape[0]
-        codes = torch.empty(count, self.inputs, dtype=torch.uint8)
+        codes = torch.empty(count, self.inputs, dtype=torch.uint8, device="cpu")
         threads = torch.get_num_threads()
         self._check(rows, self._functions.codes(self.handle, rows.data_ptr(), count, codes.data_ptr(), threads))
         units = self._units[rows, None]
@@ -186,7 +186,7 @@ class PackedCodes:
             raise ValueError(f"rows are given in bfloat16 or float32, not in {dtype}")
         indexes = _indexes(indexes)
         count = indexes.shape[0]
-        out = torch.empty(count, self.inputs, dtype=dtype)
+        out = torch.empty(count, self.inputs, dtype=dtype, device="cpu")
         wide, threads = int(dtype == torch.float32), torch.get_num_threads()
         address = indexes.data_ptr()
         self._check(indexes, self._functions.rows(self.handle, address, count, out.data_ptr(), wide, threads))
@@ -228,7 +228,7 @@ class PackedCodes:
             x = x.contiguous()
             stride = x.shape[1]
         rows = x.shape[0]
-        out = torch.empty((rows, self.outputs), dtype=torch.float32 if wide else torch.bfloat16)
+        out = torch.empty((rows, self.outputs), dtype=torch.float32 if wide else torch.bfloat16, device="cpu")
         added = None if bias is None else bias.data_ptr()
         wide_x = x.dtype == torch.float32
         threads = torch.get_num_threads()

@@ -2,12 +2,13 @@
 
 It gives what the layers give when they are called one after the other (`llama`), bit for bit. That is what is done
 where gradients or hidden states are wanted, where someone listens to a layer (hooks), and where a part has no kernel:
-another activation, an unpacked weight, an adapter with gains.
+another activation, an unpacked weight, an adapter with gains, a module that was put in place of one of ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,6 +42,32 @@ class _Recorded(NamedTuple):
     linears: list[Linear]
 
 
+_Key = tuple[torch.dtype, int | None, Linear | None]  # of the numbers; how many layers; the head, if it is in it
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The layers as they were at the last look, and what was recorded of them.
+
+    Attributes:
+        changes: how many there had been.
+        modules: all of them, kept, so that their ids stay theirs.
+        plain: their weights that are not packed.
+        state: see `_state`.
+        ours: see `_ours`.
+        hooked: someone listens.
+        recorded: programs; `None` where there can be none.
+    """
+
+    changes: int
+    modules: list[nn.Module]
+    plain: list[Tensor]
+    state: list[int]
+    ours: bool
+    hooked: bool
+    recorded: dict[_Key, _Recorded | None]
+
+
 class CompiledLayers:
     """All layers and the last norm of a decoder.
 
@@ -57,25 +84,14 @@ class CompiledLayers:
 
     def forget(self) -> None:
         """Let go of the weights, which are about to be exchanged."""
-        self._changes = -1
-        self._modules: list[nn.Module] = []
-        self._plain: list[Tensor] = []
-        self._state: list[int] = []
-        self._hooked = False
-        self._recorded: dict[tuple[torch.dtype, int | None, Linear | None], _Recorded | None] = {}
+        self._seen: _Seen | None = None
 
     def run(self, layers: nn.ModuleList, norm: RMSNorm, x: Tensor, turn: Turn, batch: Batch) -> Tensor | None:
         """Hidden states `[tokens, hidden]` after `layers` and `norm`, of embeddings `x`; `None` where it cannot be."""
         attend = batch.attend
         if batch.trace is not None or not isinstance(attend, NativeAttention) or torch.is_grad_enabled():
             return None
-        self._look(layers, norm)
-        if self._hooked:
-            return None
-        key = (x.dtype, batch.layers, None)
-        if key not in self._recorded:
-            self._recorded[key] = self._record(layers, norm, *key)
-        recorded = self._recorded[key]
+        recorded = self._program(layers, norm, (x.dtype, batch.layers, None))
         if recorded is None:
             return None
         adapted: Adapted | None = None
@@ -97,32 +113,40 @@ class CompiledLayers:
         """Greedy steps by themselves; see `models.base.Model.go_on`. `ends` stand before and after the layers."""
         embedding, head = ends
         dtype = past.pools.dtype
-        packed = embedding.weight.detach() if embedding._packed is None else _form(embedding)
-        self._look(layers, norm)
-        if self._hooked or packed is None or hooked([embedding, head]) or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not _ours(ends) or hooked(ends):
             return None
-        key = (dtype, None, head)
-        if key not in self._recorded:
-            self._recorded[key] = self._record(layers, norm, *key)
-        recorded = self._recorded[key]
+        packed = embedding.weight.detach() if embedding._packed is None else _form(embedding)
+        if packed is None or (isinstance(packed, Tensor) and packed.dtype != dtype):
+            return None
+        recorded = self._program(layers, norm, (dtype, None, head))
         table = rotary.table(max(positions) + max(stops.limits), dtype)
         if recorded is None or table is None:
             return None
         return recorded.program.go_on(tokens, positions, recorded.out, past, table, packed, stops)
 
-    def _look(self, layers: nn.ModuleList, norm: RMSNorm) -> None:
+    def _program(self, layers: nn.ModuleList, norm: RMSNorm, key: _Key) -> _Recorded | None:
+        """What is recorded of the layers as they are now; `None` where they have to be called themselves."""
+        seen = self._look(layers, norm)  # ours: another thread may look anew meanwhile
+        if seen.hooked or not seen.ours:
+            return None
+        if key not in seen.recorded:
+            seen.recorded[key] = self._record(layers, norm, *key)
+        return seen.recorded[key]
+
+    def _look(self, layers: nn.ModuleList, norm: RMSNorm) -> _Seen:
         """Forget what was recorded of other modules or weights, and see whether someone listens to these."""
-        state = [id(norm), *map(id, layers._modules.values()), *map(Tensor.data_ptr, self._plain)]
-        if changes() != self._changes or state != self._state:
-            self.forget()
-            self._changes = changes()
-            self._modules = [*layers.modules(), norm]  # kept, so that their ids stay theirs
-            parameters = (p for module in self._modules for p in module._parameters.values())
-            self._plain = [p for p in parameters if p is not None and not p.is_meta]
-            self._state = [id(norm), *map(id, layers._modules.values()), *map(Tensor.data_ptr, self._plain)]
-            self._hooked = hooked(self._modules)
-        elif self._hooked:
-            self._hooked = hooked(self._modules)
+        seen = self._seen
+        if seen is None or changes() != seen.changes or _state(layers, norm, seen.plain) != seen.state:
+            count = changes()
+            modules = [*layers.modules(), norm]
+            parameters = (p for module in modules for p in module._parameters.values())
+            plain: list[Tensor] = [p for p in parameters if p is not None and not p.is_meta]
+            state = _state(layers, norm, plain)
+            ours = _ours(module for module in modules if module is not layers)
+            seen = self._seen = _Seen(count, modules, plain, state, ours, hooked(modules), {})
+        elif seen.hooked or hooked(()):
+            seen.hooked = hooked(seen.modules)
+        return seen
 
     def _record(
         self, layers: nn.ModuleList, norm: RMSNorm, dtype: torch.dtype, number: int | None, head: Linear | None
@@ -133,13 +157,23 @@ class CompiledLayers:
             out = recorder.layers(blocks, norm)
             if head is not None:
                 out = recorder.head(head, out)
-        except _NoKernel:
+        except ValueError:
             return None
         return _Recorded(recorder.program, out, recorder.linears)
 
 
-class _NoKernel(Exception):
-    """A part of a layer has no kernel."""
+class _NoKernel(ValueError):
+    """A part of a layer has no kernel; a weight that does not fit a program is another ValueError."""
+
+
+def _state(layers: nn.ModuleList, norm: RMSNorm, plain: list[Tensor]) -> list[int]:
+    """Which modules there are, and where their plain weights lie."""
+    return [id(norm), *map(id, layers._modules.values()), *map(Tensor.data_ptr, plain)]
+
+
+def _ours(modules: Iterable[nn.Module]) -> bool:
+    """Whether `modules` compute what ours compute: none was wrapped, exchanged or given another `forward`."""
+    return all(type(module).__module__.startswith("unspool.") and "forward" not in vars(module) for module in modules)
 
 
 def _form(module: Linear | Embedding) -> PackedWeight | PackedCodes | None:
@@ -155,10 +189,7 @@ class _Recorder:
 
     def __init__(self, shape: LlamaConfig, dtype: torch.dtype) -> None:
         self.shape = shape
-        try:
-            self.program = Program(shape.hidden_size, dtype)
-        except ValueError:
-            raise _NoKernel from None
+        self.program = Program(shape.hidden_size, dtype)
         self.linears: list[Linear] = []
         self._group_of = {layer: i for i, group in enumerate(shape.groups()) for layer in group.layers}
 
@@ -253,8 +284,5 @@ class _Recorder:
         packed = _form(layer)
         if packed is None:
             raise _NoKernel
-        try:
-            self.program.product(x, packed, layer.bias, out)
-        except ValueError:
-            raise _NoKernel from None
+        self.program.product(x, packed, layer.bias, out)
         self.linears.append(layer)

@@ -131,7 +131,7 @@ class Rotary:
         table = self._tables.get(dtype)
         if table is None or positions > len(table.cos):
             with torch.inference_mode(False), torch.no_grad():
-                first = torch.arange(max(_FIRST_POSITIONS, 1 << positions.bit_length()))
+                first = torch.arange(max(_FIRST_POSITIONS, 1 << positions.bit_length()), device="cpu")
                 table = self._tables[dtype] = self._computed(first, None, dtype)
         return table
 

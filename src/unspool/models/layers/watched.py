@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ def changes() -> int:
     return _changes
 
 
-def hooked(modules: list[nn.Module]) -> bool:
+def hooked(modules: Iterable[nn.Module]) -> bool:
     """Whether someone listens to one of `modules`, or to all that there are."""
     everywhere = _torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks
     return bool(everywhere) or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
