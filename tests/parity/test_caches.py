@@ -134,15 +134,15 @@ def test_gradients_flow_through_the_cache() -> None:
 def test_a_step_copies_no_past() -> None:
     layer = DynamicLayer()
     with torch.inference_mode():
-        layer.update(torch.randn(1, 2, 30, 4), torch.randn(1, 2, 30, 4))
-        layer.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))
+        layer.update(torch.randn(1, 2, 30, 256), torch.randn(1, 2, 30, 256))
+        layer.update(torch.randn(1, 2, 1, 256), torch.randn(1, 2, 1, 256))
         place = layer.keys.data_ptr()  # type: ignore[union-attr]
         for _ in range(50):
-            layer.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))
+            layer.update(torch.randn(1, 2, 1, 256), torch.randn(1, 2, 1, 256))
     assert layer.keys is not None
     assert layer.keys.data_ptr() == place
     with torch.no_grad():  # what was made in inference mode is copied, not written to
-        layer.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))
+        layer.update(torch.randn(1, 2, 1, 256), torch.randn(1, 2, 1, 256))
     assert layer.keys.shape[-2] == 82
 
 
