@@ -87,6 +87,36 @@ def test_gate(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     assert_one_rounding_apart(elementwise.silu_gate(x), F.silu(x[:, :width]) * x[:, width:])
 
 
+@compiled
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    width=st.integers(1, 2100),
+    dtype=floats,
+    seed=st.integers(0, 99),
+    odd=st.sampled_from([None, float("nan"), float("inf"), float("-inf")]),
+)
+def test_greatest_and_its_share(rows: int, width: int, dtype: torch.dtype, seed: int, odd: float | None) -> None:
+    x = (4 * normal(seed, rows, width)).round().to(dtype)  # so that some are equal
+    if odd is not None:
+        x[seed % rows, seed % width] = odd
+    if odd == float("-inf"):
+        x[seed % rows] = odd
+    found = elementwise.greatest(x, shares=True)
+    assert found is not None
+    places, shares = found
+    assert shares is not None
+    for row, place, share in zip(x.float(), places.tolist(), shares.tolist(), strict=True):
+        if bool(row.isnan().any()) or float(row.max()) == float("-inf"):
+            assert place == -1
+            continue
+        assert place == row.tolist().index(row.max().item())
+        if float(row.max()) < float("inf"):
+            assert share == pytest.approx(row.double().softmax(0)[place].item(), rel=1e-5)
+    assert torch.equal(elementwise.greatest(x)[0], places)  # type: ignore[index]
+
+
+@compiled
 def test_gate_at_the_ends_of_the_numbers() -> None:
     x = torch.tensor([-1e30, -104.0, -88.0, -0.0, 0.0, 88.0, 1e30, float("inf"), float("nan"), float("-inf")])
     got = elementwise.silu_gate(torch.cat((x, torch.ones(10))).view(1, -1))[0]

@@ -93,6 +93,7 @@ UNSPOOL_TARGET i64 greatest_of(const typename T::Number* row, i64 width, float* 
         most = max(most, number);
     }
     const float greatest = UNSPOOL_LEVEL::greatest(most);
+    if (share) *share = 0.0f;
     if (nan || !(greatest > -std::numeric_limits<float>::infinity())) return -1;
     i64 place = -1;
     Vec sum = Vec{};

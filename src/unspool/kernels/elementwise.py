@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from unspool.kernels import native
 
-__all__ = ["add_rms_norm", "norm_heads", "rms_norm", "silu_gate", "turn"]
+__all__ = ["add_rms_norm", "greatest", "norm_heads", "rms_norm", "silu_gate", "turn"]
 
 _BYTES = {torch.bfloat16: 2, torch.float32: 4} if native.active() else {}
 # Counts are declared as pointers too, which is the cheaper conversion; both have 64 bits.
@@ -23,6 +23,7 @@ _WORD, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 if _BYTES:
     _rms_norm = native.function("unspool_rms_norm", None, _INT, *(_WORD,) * 5, _FLOAT, _WORD, _INT)
     _norm_parts = native.function("unspool_norm_parts", None, _INT, *(_WORD,) * 6, _FLOAT, _INT)
+    _greatest = native.function("unspool_greatest", None, _INT, *(_WORD,) * 5, _INT)
     _silu_gate = native.function("unspool_silu_gate", None, _INT, *(_WORD,) * 4, _INT)
     _turn = native.function("unspool_turn", None, _INT, *(_WORD,) * 8, _INT)
 
@@ -103,6 +104,23 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> bool:
     threads = torch.get_num_threads()
     _norm_parts(size, x.data_ptr(), tokens, x.stride(0), heads, dim, weight.data_ptr(), eps, threads)
     return True
+
+
+def greatest(x: Tensor, shares: bool = False) -> tuple[Tensor, Tensor | None] | None:
+    """The place `[rows]` of the greatest number of each row of `x` `[rows, width]`, the first of equal ones.
+
+    -1 where a row holds NaN, or -inf alone. With `shares`, also what the softmax of the row is there, in fp32.
+    `None` where the kernels cannot do it.
+    """
+    size = _bytes(x)
+    if not (size and x.dim() == 2 and x.is_contiguous() and x.numel()):
+        return None
+    rows, width = x.shape
+    places = torch.empty(rows, dtype=torch.int64)
+    share = torch.empty(rows) if shares else None
+    address = None if share is None else share.data_ptr()
+    _greatest(size, x.data_ptr(), rows, width, places.data_ptr(), address, torch.get_num_threads())
+    return places, share
 
 
 def silu_gate(x: Tensor) -> Tensor:

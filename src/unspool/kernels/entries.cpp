@@ -20,6 +20,12 @@ void unspool_norm_parts(int bytes, void* x, i64 tokens, i64 stride, i64 parts, i
     chosen->norm_parts(bytes, x, tokens, stride, parts, width, weight, eps, threads);
 }
 
+// The place of the greatest number of each row of `x` [rows, width], the first of equal ones, or -1 where a row holds NaN
+// or nothing above -infinity. `shares` [rows], where not null, gets exp(greatest) by the sum over the row.
+void unspool_greatest(int bytes, const void* x, i64 rows, i64 width, i64* places, float* shares, int threads) {
+    chosen->greatest(bytes, x, rows, width, places, shares, threads);
+}
+
 // silu(gate) * up of `x` [rows, 2 * width] = [gate, up], to `out` [rows, width].
 void unspool_silu_gate(int bytes, const void* x, i64 rows, i64 width, void* out, int threads) {
     chosen->silu_gate(bytes, x, rows, width, out, threads);

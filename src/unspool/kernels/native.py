@@ -22,7 +22,7 @@ __all__ = ["active", "describe", "function", "level", "library"]
 logger = logging.getLogger(__name__)
 
 # As `unspool_interface` in native.cpp.
-_INTERFACE = 6
+_INTERFACE = 7
 # Levels of native.cpp: instructions of x86 and of ARM processors.
 _WORDS = {
     "avx2": "AVX2",

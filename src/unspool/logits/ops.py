@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unspool.kernels import elementwise
 from unspool.kernels.best import keep_best
 
 Parameter = float | Tensor
@@ -33,11 +34,23 @@ def greatest(scores: Tensor) -> Tensor:
     if scores.device.type != "cpu":
         value, places = scores.max(dim=-1)
         return places.where(value > NEG_INF, -1)
+    if (found := elementwise.greatest(scores)) is not None:
+        return found[0]
     # numpy finds it several times as fast as PyTorch, which compares one by one
     table = (scores.float() if scores.itemsize < 4 else scores).numpy()
-    found = table.argmax(axis=-1)
-    found[~(table[np.arange(len(table)), found] > NEG_INF)] = -1
-    return torch.from_numpy(found)
+    places = table.argmax(axis=-1)
+    places[~(table[np.arange(len(table)), places] > NEG_INF)] = -1
+    return torch.from_numpy(places)
+
+
+def sureness(scores: Tensor, tokens: Tensor) -> list[float]:
+    """How probable each row's token is, by the softmax of `scores` `[rows, vocab]`; `tokens` `[rows]` are the greatest.
+
+    Negative tokens, where there was nothing to choose, may get any number.
+    """
+    if (found := elementwise.greatest(scores, shares=True)) is not None and found[1] is not None:
+        return found[1].tolist()
+    return scores.softmax(dim=-1).gather(1, tokens.clamp_min(0)[:, None])[:, 0].tolist()
 
 
 def temperature(scores: Tensor, value: Parameter) -> Tensor:

@@ -15,6 +15,7 @@ from unspool.decode.plan import StaticScheduler
 from unspool.decode.runner import PagedRunner, Runner
 from unspool.decode.sequence import Choice, Chooser, Group, Sequence
 from unspool.kernels.program import Stops
+from unspool.logits.ops import sureness
 
 
 class ModelDrafter:
@@ -136,10 +137,15 @@ class ModelDrafter:
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """Take one step's tokens of the draft model; see `Sink`."""
         confidence, sure = self._rules.confidence, None
-        distributions = None if choice.scores is None else choice.scores.softmax(dim=-1)
+        distributions = None if choice.scores is None or self._greedy else choice.scores.softmax(dim=-1)
         if confidence > 0:
-            assert distributions is not None
-            sure = (distributions.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0] >= confidence).tolist()
+            if self._greedy:
+                assert choice.scores is not None
+                shares = sureness(choice.scores, choice.tokens)
+            else:
+                assert distributions is not None
+                shares = distributions.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0].tolist()
+            sure = [share >= confidence for share in shares]
         if self._distributions is not None:
             assert distributions is not None
             for row, token, distribution in zip(rows, tokens, distributions, strict=True):

@@ -9,8 +9,8 @@ from typing import Any
 from unspool.config import GenerationConfig
 from unspool.decode.sequence import Sequence
 
-# Tokens, drafts included, that one step on a CPU takes without getting slower for each.
-_CHECKED = 24
+# Tokens, drafts included, that one step on a CPU checks at most.
+_CHECKED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,7 @@ class DraftRules:
     def share(self, rows: int) -> int | float:
         """Most tokens of each draft where `rows` are checked in one step on a CPU.
 
-        There a step's time grows with its tokens from about 24 on, so that long drafts of many rows cost more than the
-        steps they spare.
+        There a step's time grows with its tokens, so that long drafts of many rows cost more than the steps they spare.
         """
         return math.inf if self.fixed else max(1, _CHECKED // max(1, rows) - 1)
 
