@@ -332,15 +332,13 @@ def test_going_on_chooses_what_single_steps_choose(family: str, kind: str | None
     runner, rows = rows_of(model, prompts)
     with torch.no_grad():
         steps = runner.go_on(rows, Stops([19, 19, 19], (), 1e-9))
-    assert len(steps) == 19
-    for row, prompt, (tokens, shares) in zip(rows, prompts, wanted, strict=True):
-        assert [row.tokens[-1], *(step.tokens[row.row] for step in steps)] == tokens
-        assert [step.shares[row.row] for step in steps] == pytest.approx(shares[1:], rel=1e-3)
+    for row, prompt, (tokens, shares), chosen in zip(rows, prompts, wanted, steps, strict=True):
+        assert [row.tokens[-1], *chosen.tokens] == tokens
+        assert chosen.shares == pytest.approx(shares[1:], rel=1e-3)
         assert row.computed == len(prompt) + 19
     with torch.no_grad():  # and what was stored is what single steps would have stored
-        for step in steps:
-            for row, token in zip(rows, step.tokens, strict=True):
-                row.tokens.append(token)
+        for row, chosen in zip(rows, steps, strict=True):
+            row.tokens += chosen.tokens
         group = Group(rows, None, None)  # type: ignore[arg-type]
         logits = runner.run([Work(row, 1, 1, group) for row in rows], Want()).logits
     longer = [alone(model, prompt, 21)[0][-1] for prompt in prompts]
@@ -355,17 +353,31 @@ def test_going_on_ends(tmp_path: Path) -> None:
     def steps(*stops: Any) -> list[list[int]]:
         runner, rows = rows_of(model, prompts)
         with torch.no_grad():
-            return [step.tokens for step in runner.go_on(rows, Stops(*stops))]
+            return [chosen.tokens for chosen in runner.go_on(rows, Stops(*stops))]
 
-    whole = [list(pair) for pair in zip(texts[0][1:], texts[1][1:], strict=True)]
-    assert steps([3, 15]) == whole[:15]  # half of the rows go on
-    assert steps([3, 5]) == whole[:5]
-    assert steps([15, 15], (), 1.1) == whole[:1]
-    first = {token: place for place, token in reversed(list(enumerate(texts[0][1:])))}
-    second = {token: place for place, token in reversed(list(enumerate(texts[1][1:])))}
+    def first(count: int) -> list[list[int]]:
+        return [text[1 : 1 + count] for text in texts]
+
+    assert steps([3, 15]) == first(15)  # half of the rows go on
+    assert steps([3, 5]) == first(5)
+    assert steps([15, 15], (), 1.1) == first(1)
     ends = [texts[0][4], texts[1][6]]
-    last = max(min(some[end] for end in ends if end in some) for some in (first, second))
-    assert steps([15, 15], ends) == whole[: last + 1]
+    last = max(min(text[1:].index(end) for end in ends if end in text[1:]) for text in texts)
+    assert steps([15, 15], ends) == first(last + 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_going_on_feeds_what_is_not_computed_yet(family: str, tmp_path: Path) -> None:
+    model = load(written(tmp_path, family))
+    prompts = [[5, 6, 7], list(range(20, 37)), [9]]
+    texts = [alone(model, prompt, 16)[0] for prompt in prompts]
+    runner, rows = rows_of(model, prompts)
+    for row, text, more in zip(rows, texts, (0, 2, 1), strict=True):
+        row.tokens += text[1 : 1 + more]
+    with torch.no_grad():
+        chosen = runner.go_on(rows, Stops([5, 4, 6]))
+    assert [some.tokens for some in chosen] == [texts[0][1:7], texts[1][3:7], texts[2][2:7]]
+    assert [row.computed for row in rows] == [len(prompt) + 6 for prompt in prompts]
 
 
 def test_where_rows_do_not_go_on_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +394,7 @@ def test_where_rows_do_not_go_on_by_themselves(tmp_path: Path, monkeypatch: pyte
         handle = model.lm_head.register_forward_hook(lambda *_: None)
         assert runner.go_on(rows, stops) == []
         handle.remove()
-        assert len(runner.go_on(rows, stops)) == 3
+        assert len(runner.go_on(rows, stops)[0].tokens) == 3
 
 
 def test_going_on_needs_room_and_positions(tmp_path: Path) -> None:
@@ -391,11 +403,11 @@ def test_going_on_needs_room_and_positions(tmp_path: Path) -> None:
     with torch.no_grad():
         attend = paged_attention(runner.store, rows, [1])
     with torch.no_grad(), pytest.raises(ValueError, match="no room for 400 steps"):
-        model.go_on(attend, [5], [3], Stops([400]))
+        model.go_on(attend, [[5]], [3], Stops([400]))
     with torch.no_grad(), pytest.raises(ValueError, match="are not of 97"):
-        model.go_on(attend, [97], [3], Stops([2]))
+        model.go_on(attend, [[97]], [3], Stops([2]))
     with torch.no_grad(), pytest.raises(ValueError, match="do not fit"):
-        model.go_on(attend, [5], [3], Stops([0]))
+        model.go_on(attend, [[5]], [3], Stops([0]))
 
 
 def test_nothing_to_choose(tmp_path: Path) -> None:
@@ -407,7 +419,7 @@ def test_nothing_to_choose(tmp_path: Path) -> None:
     runner = PagedRunner(model, store, torch.device("cpu"), [row])
     store.reserve(row, 1)
     with torch.no_grad():
-        assert [step.tokens for step in runner.go_on([row], Stops([3]))] == [[-1]]
+        assert [chosen.tokens for chosen in runner.go_on([row], Stops([3]))] == [[-1]]
 
 
 class Doubled(torch.nn.Module):
@@ -491,7 +503,7 @@ def test_another_default_device(tmp_path: Path) -> None:
         expected = model.step(batch), best(scores, 3)
         with torch.device("meta"):
             found = model.step(batch), best(scores, 3)
-            assert model.go_on(attend, [5], [3], Stops([2])) is not None
+            assert model.go_on(attend, [[5]], [3], Stops([2])) is not None
     assert torch.equal(found[0], expected[0])
     assert found[1] is not None and expected[1] is not None
     assert all(map(torch.equal, found[1], expected[1]))

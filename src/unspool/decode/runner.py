@@ -144,10 +144,11 @@ class PagedRunner:
     def go_on(self, rows: Items[Sequence], stops: Stops) -> list[Chosen]:
         """Let rows choose their next tokens by themselves, the likeliest; see `Model.go_on`.
 
-        Each has one token that is not computed yet. Their tokens are the caller's to append. Nothing is chosen where
-        the model or its kernels cannot do this.
+        Each has few tokens that are not computed yet. What they choose is the caller's to append. Nothing is chosen
+        where the model or its kernels cannot do this.
         """
-        model, steps = self.model, max(stops.limits)
+        model, fed = self.model, [row.tokens[row.computed :] for row in rows]
+        steps = max(map(len, fed)) - 1 + max(stops.limits)
         if not isinstance(model, Model) or not reads_any_order(self.store):
             return []
         if any(row.adapter is not None or row.embeds is not None for row in rows):
@@ -158,10 +159,13 @@ class PagedRunner:
             self._make_room(row, steps, self._rows)
         self._steady = None
         attend = paged_attention(self.store, rows, [1] * len(rows))
-        chosen = model.go_on(attend, [row.tokens[row.computed] for row in rows], [row.computed for row in rows], stops)
+        went = model.go_on(attend, fed, [row.computed for row in rows], stops)
+        if went is None:
+            return []
+        chosen, done = went
         for row in rows:
-            row.computed += len(chosen or ())
-        return chosen or []
+            row.computed += done
+        return chosen
 
     def _make_room(self, row: Sequence, feed: int, rows: list[Sequence]) -> None:
         if self.store.extend(row, feed):

@@ -120,11 +120,18 @@ struct Continuing {
         }
     }
 
+    // Whether a row's token of a step is given.
+    bool given(i64 step, i64 row) const { return step < c.steps && c.given[step * c.rows + row] >= 0; }
+
     // Rows that go on after a step's choice, of those that still went on before it.
-    i64 going(std::vector<bool>& ended, const i64* tokens, i64 step) const {
+    i64 going(std::vector<bool>& ended, i64 step) const {
         i64 left = 0;
         for (i64 row = 0; row < c.rows; row++) {
-            const i64 token = tokens[row];
+            if (given(step + 1, row)) {
+                left++;
+                continue;
+            }
+            const i64 token = c.chosen[step * c.rows + row];
             const bool end = std::find(c.ends, c.ends + c.end_count, token) != c.ends + c.end_count;
             const bool unsure = c.confidence > 0 && c.shares[step * c.rows + row] < c.confidence;
             const auto place = static_cast<std::size_t>(row);
@@ -139,19 +146,20 @@ struct Continuing {
         std::vector<bool> ended(static_cast<std::size_t>(c.rows));
         std::vector<i64> fed(static_cast<std::size_t>(c.rows));
         for (i64 step = 0; step < c.steps; step++) {
-            const i64* tokens = c.tokens + step * c.rows;
-            i64* chosen = c.tokens + (step + 1) * c.rows;
-            std::transform(tokens, tokens + c.rows, fed.begin(), [](i64 token) { return std::max<i64>(token, 0); });
+            const i64 first = step * c.rows;
+            for (i64 row = 0; row < c.rows; row++)
+                fed[static_cast<std::size_t>(row)] =
+                    given(step, row) ? c.given[first + row] : std::max<i64>(c.chosen[first - c.rows + row], 0);
             feed(fed.data());
             for (i64 i = 0; i < count; i++)
                 if (machine.run(operations[i])) return -1;
-            unspool::chosen->greatest(machine.bytes, machine.read(c.logits), c.rows, c.vocab, chosen,
-                                       c.confidence > 0 ? c.shares + step * c.rows : nullptr, machine.threads);
+            unspool::chosen->greatest(machine.bytes, machine.read(c.logits), c.rows, c.vocab, c.chosen + first,
+                                       c.confidence > 0 ? c.shares + first : nullptr, machine.threads);
             for (i64 row = 0; row < c.rows; row++) {
                 c.positions[row]++;
                 for (i64 group = 0; group < c.groups; group++) c.plans[group][3 + 4 * row]++;
             }
-            if (2 * going(ended, chosen, step) < c.rows) return step + 1;
+            if (2 * going(ended, step) < c.rows) return step + 1;
         }
         return c.steps;
     }

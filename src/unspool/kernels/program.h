@@ -34,18 +34,19 @@ struct Step {
     i64 threads;
 };
 
-// Steps in which every row feeds the token that it chose in the one before, the likeliest.
+// Steps in which every row feeds one token: a given one or, when it has no more, the likeliest after the one before.
 struct Continuation {
     const void* embedding;  // by `form`: 0 PackedWeight, 1 QuantisedWeight, 2 numbers [vocab, hidden]
     i64 form, hidden;
     i64 logits, vocab;      // their buffer and width
     const u8 *cos, *sin;    // [positions, turned]
     i64 rows, steps;        // of steps, at most so many
-    i64* tokens;            // [steps + 1, rows]: the first are given, those after them chosen; -1 where there is nothing to choose
+    const i64* given;       // [steps, rows]: tokens to feed, -1 for what the step before chose; none in the first step
+    i64* chosen;            // [steps, rows]; -1 where there is nothing to choose
     i64* positions;         // [rows], of the next tokens; counted on
     i64* const* plans;      // of each group of layers, whose rows' lengths are counted on too
     i64 groups;
-    const i64* limits;      // [rows], tokens that each row may choose
+    const i64* limits;      // [rows], steps that each row takes at most
     const i64* ends;        // tokens that end a row
     i64 end_count;
     float confidence;       // a row ends with the first token of less probability; 0: never

@@ -85,7 +85,7 @@ class _Continuation(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("form", "hidden", "logits", "vocab")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin")),
         *((name, ctypes.c_int64) for name in ("rows", "steps")),
-        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "plans")),
+        *((name, ctypes.c_void_p) for name in ("given", "chosen", "positions", "plans")),
         ("groups", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("limits", "ends")),
         ("end_count", ctypes.c_int64),
@@ -109,10 +109,10 @@ class Stops(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What a step of `Program.go_on` chose.
+    """What a row chose in `Program.go_on`.
 
     Attributes:
-        tokens: of each row; -1 where there was nothing to choose.
+        tokens: one after the other, also past the row's end; -1 where there was nothing to choose.
         shares: how probable each was; 1.0 where nobody asked for confidence.
     """
 
@@ -317,21 +317,22 @@ class Program:
 
     def go_on(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         positions: Sequence[int],
         out: Buffer,
         past: Past,
         table: tuple[Tensor, Tensor] | None,
         embedding: PackedWeight | PackedCodes | Tensor,
         stops: Stops,
-    ) -> list[Chosen]:
-        """Steps in which every row feeds one token and chooses the likeliest, which is what it feeds in the next.
+    ) -> tuple[list[Chosen], int]:
+        """Steps in which every row feeds one token: first its given ones, then the likeliest after the one before.
 
-        They are `max(stops.limits)`, or fewer when more than half of the rows have ended; rows that ended go along. The
-        plans are of no use afterwards.
+        They are as many as the limits ask for, or fewer when more than half of the rows have ended; rows that ended go
+        along. The plans are of no use afterwards.
 
         Args:
-            tokens, positions: of each row, to be fed first.
+            tokens: of each row, to be fed first, one or more.
+            positions: of the first of them.
             out: the buffer of the logits.
             past: of the rows; their plans are those of the first step, with room for all.
             table: cosines and sines `[positions, 1, turned]` of all positions from 0 on.
@@ -339,18 +340,20 @@ class Program:
             stops: when rows end.
 
         Returns:
-            What each step chose.
+            What each row chose after its given tokens, and how many steps there were.
 
         Raises:
             ValueError: something does not fit the program, or there is no room.
             MemoryError: attention found no memory.
         """
-        rows, steps = len(tokens), max(stops.limits)
-        width, turned = self.input.width, self._turned or 0
-        if not 0 < rows == len(positions) == len(stops.limits) or min(stops.limits) < 1:
-            raise ValueError(f"{rows} tokens, {len(positions)} positions and limits {list(stops.limits)} do not fit")
+        rows, width, turned = len(tokens), self.input.width, self._turned or 0
+        if not 0 < rows == len(positions) == len(stops.limits) or min(stops.limits) < 1 or not all(tokens):
+            raise ValueError(f"{rows} rows, {len(positions)} positions and limits {list(stops.limits)} do not fit")
+        ahead = [len(some) - 1 for some in tokens]
+        takes = [more + limit for more, limit in zip(ahead, stops.limits, strict=True)]
+        steps = max(takes)
         form, address = self._embedding(embedding, out.width)
-        if not (min(tokens) >= 0 and max(tokens) < out.width):
+        if min(map(min, tokens)) < 0 or max(map(max, tokens)) >= out.width:
             raise ValueError(f"tokens {list(tokens)} are not of {out.width}")
         last = max(positions) + steps
         cos = sin = None
@@ -372,9 +375,10 @@ class Program:
             for place in (first, first + rows * width, first + rows * (width + turned))
         )
         step = self._step(rows, inputs, numbers, (cosines, sines), plans, past.pools)
-        chosen, shares = array("q", [*tokens, *[0] * (steps * rows)]), array("f", [1.0] * (steps * rows))
-        lists = [array("q", some) for some in (positions, stops.limits, stops.ends, plans[::2])]
-        place, limits, ends, heads = (some.buffer_info()[0] for some in lists)
+        fed = [some[step] if step < len(some) else -1 for step in range(steps) for some in tokens]
+        chosen, shares = array("q", [-1] * len(fed)), array("f", [1.0] * len(fed))
+        lists = [array("q", some) for some in (positions, takes, stops.ends, plans[::2], fed)]
+        place, limits, ends, heads, given = (some.buffer_info()[0] for some in lists)
         continuation = _Continuation(
             address,
             form,
@@ -385,6 +389,7 @@ class Program:
             sin,
             rows,
             steps,
+            given,
             chosen.buffer_info()[0],
             place,
             heads,
@@ -401,10 +406,8 @@ class Program:
         done = _continue()(*self._coded(), ctypes.addressof(step), ctypes.addressof(continuation))
         if done < 0:
             raise MemoryError(_NO_MEMORY)
-        return [
-            Chosen(chosen[rows * (i + 1) : rows * (i + 2)].tolist(), shares[rows * i : rows * (i + 1)].tolist())
-            for i in range(done)
-        ]
+        places = (slice(rows * more + row, rows * done, rows) for row, more in enumerate(ahead))
+        return [Chosen(chosen[place].tolist(), shares[place].tolist()) for place in places], done
 
     def _embedding(self, embedding: PackedWeight | PackedCodes | Tensor, tokens: int) -> tuple[int, int]:
         """Form and address of a table of inputs for so many tokens."""

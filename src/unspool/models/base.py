@@ -204,17 +204,19 @@ class Model(nn.Module):
         return self.head(hidden if batch.keep is None else hidden.index_select(0, batch.keep))
 
     def go_on(
-        self, attend: Attend, tokens: Sequence[int], positions: Sequence[int], stops: Stops
-    ) -> list[Chosen] | None:
+        self, attend: Attend, tokens: Sequence[Sequence[int]], positions: Sequence[int], stops: Stops
+    ) -> tuple[list[Chosen], int] | None:
         """Greedy steps of some rows by themselves, where nobody has to see anything between them.
 
         Args:
             attend: of the first step, in which every row feeds one token; with room for all.
-            tokens, positions: of each row, to be fed first; no row has an adapter or embeddings of its own.
+            tokens: of each row, to be fed first, one in a step; no row has an adapter or embeddings of its own.
+            positions: of the first of them.
             stops: when rows end. Rows that ended go along, until more than half have.
 
         Returns:
-            What each step chose, `None` where such steps are not possible; then nothing is done.
+            What each row chose after those, and how many steps there were; `None` where such steps are not possible,
+            and nothing is done.
         """
         return None
 

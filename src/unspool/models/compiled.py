@@ -105,11 +105,11 @@ class CompiledLayers:
         norm: RMSNorm,
         ends: tuple[Embedding, Linear],
         past: Past,
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         positions: Sequence[int],
         rotary: Rotary,
         stops: Stops,
-    ) -> list[Chosen] | None:
+    ) -> tuple[list[Chosen], int] | None:
         """Greedy steps by themselves; see `models.base.Model.go_on`. `ends` stand before and after the layers."""
         embedding, head = ends
         dtype = past.pools.dtype
@@ -119,7 +119,8 @@ class CompiledLayers:
         if packed is None or (isinstance(packed, Tensor) and packed.dtype != dtype):
             return None
         recorded = self._program(layers, norm, (dtype, None, head))
-        table = rotary.table(max(positions) + max(stops.limits), dtype)
+        last = max(first + len(fed) for first, fed in zip(positions, tokens, strict=True)) + max(stops.limits)
+        table = rotary.table(last, dtype)
         if recorded is None or table is None:
             return None
         return recorded.program.go_on(tokens, positions, recorded.out, past, table, packed, stops)

@@ -214,8 +214,8 @@ class Llama(Model):
         return x
 
     def go_on(
-        self, attend: Attend, tokens: Sequence[int], positions: Sequence[int], stops: Stops
-    ) -> list[Chosen] | None:
+        self, attend: Attend, tokens: Sequence[Sequence[int]], positions: Sequence[int], stops: Stops
+    ) -> tuple[list[Chosen], int] | None:
         """See `Model.go_on`."""
         plain = self.shape.embedding_multiplier == self.shape.logits_divisor == 1.0
         if not plain or not isinstance(attend, NativeAttention):

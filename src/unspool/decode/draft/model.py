@@ -17,6 +17,9 @@ from unspool.decode.sequence import Choice, Chooser, Group, Sequence
 from unspool.kernels.program import Stops
 from unspool.logits.ops import sureness
 
+# Tokens of a row that a model which goes on by itself is still to be fed, one in a step.
+_FEW = 3
+
 
 class ModelDrafter:
     """Drafts with another model.
@@ -99,11 +102,11 @@ class ModelDrafter:
     def _run(self, mirrors: list[Sequence]) -> None:
         """Decode with the draft model until every mirror has its draft, or most of them."""
         self._drafting = len(mirrors)
-        if self._greedy:
-            self._steps(mirrors, 1)
-            mirrors = self._go_on(mirrors)
-        if mirrors:
-            self._steps(mirrors, max(self._limits))
+        if self._greedy and not self._go_on(mirrors):
+            self._steps(mirrors, 1)  # whole texts are fed faster so
+            self._go_on([mirror for mirror in mirrors if mirror.finish is None])
+        if left := [mirror for mirror in mirrors if mirror.finish is None]:
+            self._steps(left, max(self._limits))
 
     def _steps(self, mirrors: list[Sequence], steps: int) -> None:
         scheduler = StaticScheduler(
@@ -115,18 +118,20 @@ class ModelDrafter:
         )
         Loop(self._runner, scheduler, device=self._device, in_step=True).run()
 
-    def _go_on(self, mirrors: list[Sequence]) -> list[Sequence]:
-        """Let the draft model go on by itself, where nothing but its likeliest tokens is wanted; gives who is left."""
-        going = [mirror for mirror in mirrors if mirror.finish is None]
-        if not going or not isinstance(self._runner, PagedRunner):
-            return going
-        limits = [self._limits[mirror.row] - len(self._drafted[mirror.row]) for mirror in going]
-        stops = Stops(limits, self._rules.eos, self._rules.confidence)
-        for tokens, shares in self._runner.go_on(going, stops):
-            self._take(going, tokens, [share >= self._rules.confidence for share in shares])
-        for mirror in going:
+    def _go_on(self, mirrors: list[Sequence]) -> bool:
+        """Let the draft model go on by itself, where nothing but its likeliest tokens is wanted; whether it could."""
+        if any(len(mirror.tokens) - mirror.computed > _FEW for mirror in mirrors):
+            return False
+        if not mirrors or not isinstance(self._runner, PagedRunner):
+            return False
+        limits = [self._limits[mirror.row] - len(self._drafted[mirror.row]) for mirror in mirrors]
+        chosen = self._runner.go_on(mirrors, Stops(limits, self._rules.eos, self._rules.confidence))
+        for mirror, (tokens, shares) in zip(mirrors, chosen, strict=bool(chosen)):
+            for token, share in zip(tokens, shares, strict=True):
+                self._take(mirror, token, share >= self._rules.confidence)
+            mirror.finish = "stop"
             mirror.computed = min(mirror.computed, len(mirror.tokens))
-        return [mirror for mirror in going if mirror.finish is None]
+        return bool(chosen)
 
     def proposals(self, row: Sequence) -> Tensor | None:
         """The distributions `[draft, vocab]` that a row's draft was drawn from."""
@@ -151,26 +156,26 @@ class ModelDrafter:
             for row, token, distribution in zip(rows, tokens, distributions, strict=True):
                 if token >= 0:
                     self._distributions[row.row].append(distribution)
-        self._take(rows, tokens, sure or [True] * len(rows))
-
-    def _take(self, rows: list[Sequence], tokens: list[int], sure: list[bool]) -> None:
-        """Append a token to each row that goes on, and end those that have their draft, are done, or not sure."""
-        for row, token, certain in zip(rows, tokens, sure, strict=True):
-            if row.finish is not None:
-                continue
-            if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
-                row.finish = "stop"
-                continue
-            drafted = self._drafted[row.row]
-            drafted.append(token)
-            row.tokens.append(self._words.take(row.row, token))
-            full = len(drafted) >= self._limits[row.row]
-            if full or token in self._rules.eos or not certain:
-                row.finish = "stop"
+        for row, token, certain in zip(rows, tokens, sure or [True] * len(rows), strict=True):
+            self._take(row, token, certain)
         going = sum(row.finish is None for row in rows)
         if 2 * going < self._drafting:  # a step for few rows costs as much as one for many
             for row in rows:
                 row.finish = "stop"
+
+    def _take(self, row: Sequence, token: int, certain: bool) -> None:
+        """Append a token to a row that goes on, and end it when it has its draft, is done, or not sure."""
+        if row.finish is not None:
+            return
+        if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
+            row.finish = "stop"
+            return
+        drafted = self._drafted[row.row]
+        drafted.append(token)
+        row.tokens.append(self._words.take(row.row, token))
+        full = len(drafted) >= self._limits[row.row]
+        if full or token in self._rules.eos or not certain:
+            row.finish = "stop"
 
     def _follow(self, mirror: Sequence, known: list[int]) -> None:
         """Make a mirror's tokens `known`, keeping what is stored as far as they agree; the last is fed again."""
