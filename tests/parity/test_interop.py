@@ -588,5 +588,14 @@ def test_mistakes_are_named(model: Any) -> None:
         wrapped.generate(**prompts(), temprature=2)
     with pytest.raises(ValueError, match="exclude each other"):
         wrapped.generate(**prompts(), past_key_values=unspool.DynamicCache(), cache_implementation="static")
-    with pytest.raises(unspool.Unsupported, match="cache_implementation='paged'"):
-        wrapped.generate(**prompts(), cache_implementation="paged")
+    with pytest.raises(unspool.Unsupported, match="cache_implementation='paged'"):  # hidden states: by its own cache
+        wrapped.generate(
+            **prompts(), cache_implementation="paged", return_dict_in_generate=True, output_hidden_states=True
+        )
+
+
+def test_paged_is_what_ragged_modules_are(model: Any) -> None:
+    expected = model.generate(**prompts(), max_new_tokens=5, do_sample=False)
+    wrapped = unspool.wrap(model)
+    got = wrapped.generate(**prompts(), max_new_tokens=5, do_sample=False, cache_implementation="paged")
+    assert torch.equal(got, expected) and wrapped.unspool_report().tier == "ragged"

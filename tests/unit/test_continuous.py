@@ -396,6 +396,21 @@ def test_who_waits_while_a_failure_is_told_is_told_too(model: Any) -> None:
     assert isinstance(manager.get_result(names[1], timeout=30).exception, ManagerStopped)
 
 
+def test_an_idle_thread_takes_no_turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make(model)
+    turns: list[None] = []
+    step = manager._worker._step
+    monkeypatch.setattr(manager._worker, "_step", lambda: (turns.append(None), step())[1])
+    manager.start()
+    for _ in range(2):
+        manager.get_result(manager.add_request(PROMPTS[0], max_new_tokens=3))
+        with manager.pause():
+            taken = len(turns)
+        time.sleep(0.1)
+        assert taken <= len(turns) <= taken + 1, "one to see that nothing is left, at most"
+    manager.stop()
+
+
 def test_who_waits_for_any_output_is_told_of_the_end(model: Any) -> None:
     manager = make(model)
     manager.start()
@@ -772,6 +787,21 @@ def test_a_mistake_is_answered_at_once_and_alone(mistake: str, model: Any, expec
     finish(manager)
     assert manager.get_result(good).generated_tokens == expected[0]
     assert_nothing_is_left(manager)
+
+
+def test_padded_prompts(model: Any) -> None:
+    ids, mask = torch.tensor([[0, 5, 6], [5, 6, 7]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    for inputs, marks in ((ids, mask), (ids.tolist(), mask.tolist()), (list(ids), mask)):
+        outputs = list(model.generate_batch(inputs, attention_mask=marks, max_new_tokens=4, do_sample=False).values())
+        assert [output.prompt_ids for output in outputs] == [[5, 6], [5, 6, 7]]
+        for output in outputs:
+            alone = model.generate(torch.tensor([output.prompt_ids]), max_new_tokens=4, do_sample=False)
+            assert output.generated_tokens == alone[0, len(output.prompt_ids) :].tolist()
+    for wrong in (mask[:1], mask[:, :2], 5, [[1, 1, 1], None]):
+        with pytest.raises(ValueError, match="attention_mask must have a 0 or 1 for each token"):
+            model.generate_batch(ids, attention_mask=wrong)
+    with pytest.raises(ValueError, match=r"inputs_embeds \(that is for generate"):
+        model.generate_batch(ids, inputs_embeds=ids)
 
 
 def test_names(model: Any) -> None:

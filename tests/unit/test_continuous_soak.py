@@ -93,7 +93,13 @@ def traffic(manager: Any, chance: random.Random, until: float, owed: Counter[str
 def soak(model: Any, seconds: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     chance = random.Random(seed)
     config = ContinuousBatchingConfig(
-        num_blocks=30, page_size=16, max_batch_tokens=40, max_requests_per_batch=8, max_queue_size=40
+        num_blocks=30,
+        page_size=16,
+        max_batch_tokens=40,
+        max_requests_per_batch=8,
+        max_queue_size=40,
+        cpu_offload_space=0.0 if seed % 200 else 0.0003,
+        safety_margin=0.2 if seed % 200 else 0.0,
     )
     manager = model.init_continuous_batching(continuous_batching_config=config)
     step = type(model).step
@@ -142,6 +148,7 @@ def soak(model: Any, seconds: float, seed: int, monkeypatch: pytest.MonkeyPatch)
     assert not manager._outbox._boxes and not manager._outbox._unread
     assert len(engine.plain._free) == 8
     check_all_given_back(room)
+    assert seed % 200 or room.swaps
     return reasons
 
 
@@ -154,6 +161,58 @@ def test_a_short_soak(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_a_long_soak(model: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     soak(model, 60.0, seed * 100, monkeypatch)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(model: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread dies in some step amid traffic: everything is answered once, and nobody waits for ever."""
+    chance = random.Random(seed)
+    config = ContinuousBatchingConfig(num_blocks=30, page_size=16, max_batch_tokens=40, max_requests_per_batch=8)
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    step, left = type(model).step, iter(range(chance.randint(0, 60)))
+
+    def dies(self: Any, batch: Any) -> torch.Tensor:
+        if next(left, None) is None:
+            raise Killed
+        return step(self, batch)
+
+    owed: Counter[str] = Counter()
+    lock, until = threading.Lock(), time.monotonic() + 60
+    senders = [
+        threading.Thread(target=traffic, args=(manager, random.Random(seed + i), until, owed, lock)) for i in range(3)
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "step", dies)
+        patch.setattr(threading, "excepthook", lambda *args: None)
+        manager.start()
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join(90)
+        manager.join(30)
+    assert isinstance(manager.fatal_error, Killed) and not manager.is_running()
+    got: Counter[str] = Counter()
+    while (output := manager.get_result(timeout=0)) is not None:
+        assert output.is_finished() and output.finish_reason is not None
+        got[output.request_id.partition("__child#")[0]] += 1
+    assert got == owed
+    manager.destroy()
+    (again,) = model.generate_batch([[5, 6, 7]], max_new_tokens=6, do_sample=False, progress_bar=False).values()
+    assert again.finish_reason == "length", "the model serves on"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_threads_that_are_killed(model: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed(model, seed * 10, monkeypatch)
+
+
+@pytest.mark.full
+def test_many_threads_that_are_killed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(4, 100):
+        killed(model, seed * 10, monkeypatch)
 
 
 @pytest.mark.parametrize("boundary", range(12))

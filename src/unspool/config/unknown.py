@@ -52,8 +52,10 @@ def no_use_for(who: str, wrong: Iterable[str], known: Iterable[str] = (*FIELDS, 
     """
     names = sorted(wrong)
     every = sorted(known)
-    near = dict.fromkeys(match for name in names for match in _nearest(name, every))
+    near = dict.fromkeys(match for name in names if name not in every for match in _nearest(name, every))
     hint = f"did you mean {', '.join(near)}?" if near else "a misspelt setting?"
+    if all(name in every for name in names):
+        hint = "that is for generate()"
     return f"{who} has no use for: {', '.join(names)} ({hint})"
 
 

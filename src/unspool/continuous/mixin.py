@@ -38,6 +38,7 @@ class ContinuousMixin:
         record_timestamps: bool = False,
         progress_bar: bool = True,
         *,
+        attention_mask: Any = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         persistent_manager: bool = False,
         warmup: bool = True,
@@ -52,6 +53,8 @@ class ContinuousMixin:
             allow_block_sharing: share what is stored of equal beginnings.
             record_timestamps: note when each token was made.
             progress_bar: show progress, where stderr is a terminal.
+            attention_mask: 1 for a prompt's tokens and 0 for what it was padded with, which is left out; `inputs` are
+                then all tokens, as a tokenizer gives both.
             continuous_batching_config: sizes, limits and the scheduler.
             persistent_manager, warmup: accepted for compatibility; nothing is kept on the model or needs to be.
             kwargs: fields of `GenerationConfig`, and arguments of `ContinuousBatchingManager.add_request`.
@@ -66,6 +69,8 @@ class ContinuousMixin:
             OutOfMemory: no room for keys and values.
         """
         inputs = _prompts(inputs)
+        if attention_mask is not None:
+            inputs = _without_padding(inputs, attention_mask)
         if not inputs:
             return {}
         arguments = {field.name for field in fields(Arguments)}
@@ -190,6 +195,16 @@ def _prompts(inputs: Any) -> list[Any]:
     if every and isinstance(every[0], int):
         raise TypeError("inputs must be a list of prompts, each a list of token ids; write [prompt] for one")
     return list(every)
+
+
+def _without_padding(prompts: list[Any], mask: Any) -> list[list[int]]:
+    """The tokens of prompts at which their mask is not 0."""
+    marks = mask.tolist() if hasattr(mask, "tolist") else mask
+    rows = [prompt.tolist() if hasattr(prompt, "tolist") else prompt for prompt in prompts]
+    try:
+        return [[t for t, m in zip(row, one, strict=True) if m] for row, one in zip(rows, marks, strict=True)]
+    except (TypeError, ValueError):
+        raise ValueError("attention_mask must have a 0 or 1 for each token of inputs") from None
 
 
 def _values(config: Any) -> dict[str, Any]:

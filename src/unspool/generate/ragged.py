@@ -91,7 +91,7 @@ def needs_rows(config: GenerationConfig, assisted: bool, gives_cache: bool) -> s
         return "return_dict_in_generate returns its own past_key_values"
     if not config.use_cache:
         return "use_cache=False feeds all columns in every step"
-    if config.cache_implementation is not None:
+    if config.cache_implementation not in (None, "paged"):  # ours is paged
         return f"cache_implementation={config.cache_implementation!r} is for its own cache"
     return None
 
