@@ -112,17 +112,19 @@ class Rotary:
 
     def __call__(self, positions: Tensor, extents: Tensor | None, dtype: torch.dtype) -> Turn:
         """Angles for `positions` `[tokens]` in rows of lengths `extents` `[tokens]`, which only some kinds need."""
-        table = self._table(positions, dtype)
-        if table is None:
+        if not positions.is_cpu or self.rope.by_length:
             return self._computed(positions, extents, dtype)
-        return Turn(table.cos.index_select(0, positions), table.sin.index_select(0, positions))
+        try:
+            return self._looked_up(positions, self.table(_FIRST_POSITIONS, dtype))
+        except IndexError:  # a position that the table does not have, or not yet
+            low, high = map(int, positions.aminmax())
+            table = None if low < 0 else self.table(high + 1, dtype)
+            return self._computed(positions, extents, dtype) if table is None else self._looked_up(positions, table)
 
-    def _table(self, positions: Tensor, dtype: torch.dtype) -> Turn | None:
-        """The angles of the first positions, on a CPU, where a look costs less than the numbers; it grows as needed."""
-        if self.rope.by_length or not positions.is_cpu or not positions.numel():
-            return None
-        low, high = map(int, positions.aminmax())
-        return None if low < 0 else self.table(high + 1, dtype)
+    @staticmethod
+    def _looked_up(positions: Tensor, table: Turn | None) -> Turn:
+        assert table is not None, "the first positions are kept"
+        return Turn(table.cos.index_select(0, positions), table.sin.index_select(0, positions))
 
     def table(self, positions: int, dtype: torch.dtype) -> Turn | None:
         """The angles of so many positions and perhaps more, on the CPU; `None` where none is kept."""
