@@ -283,15 +283,15 @@ WRAPPED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "drafts without a cache": (
         {"prompt_lookup_num_tokens": 2, "use_cache": False},
-        ("use_cache=False", "prompt_lookup_num_tokens", "leave one of them out"),
+        ("use_cache=False", "prompt_lookup_num_tokens", "leave one out"),
     ),
     "drafts in a static cache": (
         {"prompt_lookup_num_tokens": 2, "cache_implementation": "static"},
-        ("cache_implementation='static'", "prompt_lookup_num_tokens", "leave one of them out"),
+        ("cache_implementation='static'", "prompt_lookup_num_tokens", "leave one out"),
     ),
     "drafts with guidance": (
         {"prompt_lookup_num_tokens": 2, "guidance_scale": 2.0},
-        ("guidance_scale", "prompt_lookup_num_tokens", "leave one of them out"),
+        ("guidance_scale", "prompt_lookup_num_tokens", "leave one out"),
     ),
     "an option that no cache has": (
         {"cache_implementation": "quantized", "cache_config": {"bits": 4}},
