@@ -98,10 +98,9 @@ float from_half(fp16 half) {
 
 namespace {
 
-constexpr i64 kTall = 12;  // rows of a tile: rows x blocks of sums stay in registers
-
 // Activations of a tile of rows, interleaved: a step of 4 bytes of each row after the other.
 struct Activations {
+    i64 groups;
     const u8* steps;            // [steps][rows][4 bytes]
     const float* scales;        // bytes: [groups][rows]; nibbles with offsets: sums of the group
     const std::int32_t* starts; // bytes: [groups][rows], what corrects for the 128 that weights are stored with
@@ -130,9 +129,12 @@ struct Ahead {
 // gcc keeps these in registers, and not `__m512i` that is cast inside its intrinsics
 using Integers = std::int32_t __attribute__((vector_size(64)));
 
-// Of a group of 64 inputs: adds its products to the totals.
+// Kinds of weight. `group` adds the products of a group of inputs to the totals. With `kTall` rows and two blocks, or
+// `kFlat` and four, what is added up stays in registers: of bytes sums as well as totals.
 template <int Rows, int Blocks>
 struct Bytes {
+    static constexpr int kTall = 6, kFlat = 3;
+
     UNSPOOL_QUANT static void group(const QuantisedWeight&, const u8* lines, i64 stride, i64 group,
                                     const Activations& x, __m512 (&totals)[Rows][Blocks], i64, Ahead& ahead) {
         Integers sums[Rows][Blocks];
@@ -168,6 +170,8 @@ struct Bytes {
 
 template <int Rows, int Blocks>
 struct Nibbles {
+    static constexpr int kTall = 12, kFlat = 5;
+
     UNSPOOL_QUANT static void group(const QuantisedWeight& w, const u8* lines, i64 stride, i64 group,
                                     const Activations& x, __m512 (&totals)[Rows][Blocks], i64 block, Ahead& ahead) {
         const __m512i table = _mm512_loadu_si512(w.table);
@@ -227,6 +231,7 @@ struct Result {
 template <int Rows, int Blocks>
 UNSPOOL_QUANT inline void finish(const QuantisedWeight& w, const Result& to, i64 block, i64 row,
                                  const __m512 (&totals)[Rows][Blocks]) {
+#pragma GCC unroll 4
     for (int b = 0; b < Blocks; b++) {
         const i64 first = (block + b) * kLanes;
         const i64 there = std::clamp<i64>(w.outputs - first, 0, kLanes);
@@ -239,6 +244,7 @@ UNSPOOL_QUANT inline void finish(const QuantisedWeight& w, const Result& to, i64
             const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const bf16*>(to.bias) + first);
             bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
         }
+#pragma GCC unroll 12
         for (int r = 0; r < Rows; r++) {
             const __m512 sum = _mm512_add_ps(_mm512_mul_ps(totals[r][b], unit), bias);
             const i64 at = (row + r) * w.outputs + first;
@@ -253,11 +259,12 @@ UNSPOOL_QUANT inline void finish(const QuantisedWeight& w, const Result& to, i64
 template <template <int, int> class Kind, int Rows, int Blocks>
 UNSPOOL_QUANT void tile(const QuantisedWeight& w, const Result& to, i64 block, i64 row, const Activations& x,
                         Ahead ahead) {
-    __m512 totals[Rows][Blocks] = {};
-    const i64 stride = w.lines_of_block() * kLine;
+    __m512 totals[Rows][Blocks];
+#pragma GCC unroll 24
+    for (int i = 0; i < Rows * Blocks; i++) totals[i / Blocks][i % Blocks] = _mm512_setzero_ps();
+    const i64 stride = x.groups * w.group / w.per_line() * kLine;
     const u8* lines = w.lines + block * stride;
-    const i64 groups = w.width() / w.group;
-    for (i64 group = 0; group < groups; group++)
+    for (i64 group = 0; group < x.groups; group++)
         Kind<Rows, Blocks>::group(w, lines, stride, group, x, totals, block, ahead);
     finish(w, to, block, row, totals);
 }
@@ -273,14 +280,15 @@ Tile tile_of(i64 rows, std::integer_sequence<int, Rows...>) {
 // The widest tile for so many rows that is no wider than `blocks`, and how wide it is.
 template <template <int, int> class Kind>
 std::pair<Tile, i64> tile_for(i64 rows, i64 blocks) {
-    if (rows <= 5 && blocks >= 4) return {tile_of<Kind, 4>(rows, std::make_integer_sequence<int, 5>{}), 4};
-    return {tile_of<Kind, 2>(rows, std::make_integer_sequence<int, 12>{}), 2};
+    constexpr int kTall = Kind<1, 1>::kTall, kFlat = Kind<1, 1>::kFlat;
+    if (rows <= kFlat && blocks >= 4) return {tile_of<Kind, 4>(rows, std::make_integer_sequence<int, kFlat>{}), 4};
+    return {tile_of<Kind, 2>(rows, std::make_integer_sequence<int, kTall>{}), 2};
 }
 
-// Rows in tiles of at most 12, as even as can be.
+// Rows in tiles as even as can be.
 struct Tiles {
     i64 rows, count;
-    explicit Tiles(i64 rows) : rows(rows), count((rows + kTall - 1) / kTall) {}
+    Tiles(i64 rows, i64 tall) : rows(rows), count((rows + tall - 1) / tall) {}
     i64 begin(i64 tile) const { return rows * tile / count; }
     i64 height(i64 tile) const { return begin(tile + 1) - begin(tile); }
 };
@@ -338,7 +346,7 @@ struct Call {
 
     Activations of(i64 tile) const {
         const i64 row = tiles.begin(tile);
-        return {steps + row * row_bytes, scales + row * groups, starts + row * groups};
+        return {groups, steps + row * row_bytes, scales + row * groups, starts + row * groups};
     }
 };
 
@@ -400,7 +408,8 @@ void unspool::quantised_avx512_bf16(const QuantisedWeight* weight, const void* x
     if (rows == 0) return;
     const QuantisedWeight& w = *weight;
     const i64 groups = w.width() / w.group, row_bytes = w.width() * (w.nibbles ? 2 : 1);
-    const Call c{w, x, stride, wide_x != 0, {y, bias, wide_y != 0}, Tiles(rows), groups, row_bytes,
+    const i64 tall = w.nibbles ? Nibbles<1, 1>::kTall : Bytes<1, 1>::kTall;
+    const Call c{w, x, stride, wide_x != 0, {y, bias, wide_y != 0}, Tiles(rows, tall), groups, row_bytes,
                  scratch<u8>(rows * row_bytes), scratch<float>(rows * groups), scratch<std::int32_t>(rows * groups)};
     const i64 units = w.blocks() / kPanel;
     if (rows * units * kPanel * w.lines_of_block() * kLine <= kSerial) threads = 1;
