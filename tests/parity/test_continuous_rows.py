@@ -274,12 +274,8 @@ def test_what_rows_cannot_do_is_refused() -> None:
         with pytest.raises(unspool.Unsupported):
             manager.add_request([4, 5, 6], max_new_tokens=3, **settings)
     assert not manager.step()
-    with pytest.raises(unspool.Unsupported, match="a way of its own"):
-        unspool.wrap(architecture("whisper")).init_continuous_batching()
     with pytest.raises(unspool.Unsupported, match="keeps its past in itself"):
         unspool.wrap(architecture("recurrent_gemma")).init_continuous_batching()
-    with pytest.raises(unspool.Unsupported, match="rather than token ids"):
-        unspool.wrap(architecture("speech_to_text")).init_continuous_batching()
 
 
 def test_enabling_serves_modules_in_rows_too() -> None:

@@ -161,19 +161,17 @@ def _together_and_alone(foreign: Foreign, opener: Opener, any_length: bool) -> f
         windows = [window for _, window, _ in layer_kinds(foreign.text_config) if window and window <= _LONGEST]
     except (ValueError, Unsupported):
         windows = []
-    prefix = opener.prefix(resolve({}, None, getattr(foreign.module, "generation_config", None)).config)
+    config = resolve({}, None, getattr(foreign.module, "generation_config", None)).config
     long = max(8, min(max(windows, default=0) + 7, opener.spec.max_positions - 12))
-    lengths = (long, 3, 5) if any_length or prefix is not None else (long, long, long)
+    lengths = (long, 3, 5) if any_length or foreign.encoder_decoder else (long, long, long)
     texts = [[_some_ids(vocab, length), _some_ids(vocab, length)[::-1]][i % 2] for i, length in enumerate(lengths)]
     steps = ([0], [1, 0], [0, 1], [2, 0], [1], [2, 1, 0]) if any_length else ([1, 0, 2], [0, 1, 2], [2, 0], [0])
     after = [_some_ids(vocab, len(steps)), _some_ids(vocab, len(steps))[::-1], [_some_ids(vocab, 1)[0]] * len(steps)]
 
     def begin() -> tuple[list[OpenRow], list[Work], list[list[Tensor]]]:
         forced = _Forced([])
-        seqs = [
-            Sequence(0, list(text)) if prefix is None else Sequence(0, list(prefix), encoded=list(text))
-            for text in texts
-        ]
+        told = [opener.read(list(text), {}, config) for text in texts]
+        seqs = [Sequence(0, tokens, inputs=inputs) for tokens, inputs in told]
         work = [Work(seq, 1, 1, Group([seq], forced, forced)) for seq in seqs]
         rows = [opener.open(seq) for seq in seqs]
         return rows, work, [[row.feed(item)] for row, item in zip(rows, work, strict=True)]

@@ -81,7 +81,7 @@ class Apart:
     def rows(self, number: int = 1) -> list[Sequence]:
         """So many rows that have the prompt."""
         wishes = self.wishes
-        return [Sequence(i, list(wishes.prompt), adapter=wishes.adapter, encoded=wishes.encoded) for i in range(number)]
+        return [Sequence(i, list(wishes.prompt), adapter=wishes.adapter, inputs=wishes.inputs) for i in range(number)]
 
     def noise(self, rows: int = 1) -> SeededNoise | None:
         """Where sampling noise comes from; `None` when nothing is drawn."""

@@ -32,7 +32,7 @@ def states_of(
     states: list[RequestState] = []
     for i, wishes in enumerate(every):
         if not stands_apart(wishes):
-            rows = [Sequence(0, list(wishes.prompt), adapter=wishes.adapter, encoded=wishes.encoded)]
+            rows = [Sequence(0, list(wishes.prompt), adapter=wishes.adapter, inputs=wishes.inputs)]
             states.append(RequestState(_child(name, i), number, wishes.given, wishes, plain, rows))
             continue
         home = set_apart(decoder, wishes, plain.find_fault)
@@ -65,7 +65,8 @@ def check_fits(wishes: Wishes, engine: Engine) -> None:
             f"the request decides {rows} rows together, more than max_batch_tokens={engine.token_budget}, tokens "
             "of a step; lower num_beams (or top_k of contrastive search), or raise it"
         )
-    if not engine.room.holds(*stored_at_worst(wishes, engine.room.store.block_size, sharing=engine.room.sharing)):
+    sharing = engine.room.sharing and wishes.inputs is None
+    if not engine.room.holds(*stored_at_worst(wishes, engine.room.store.block_size, sharing=sharing)):
         most = wishes.limits.max_columns
         grown = f"{most} in each of {rows} rows" if rows > 1 else f"{most}"
         raise ValueError(

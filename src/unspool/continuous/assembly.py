@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from unspool.cache.paged import PagedStore
@@ -14,8 +15,9 @@ from unspool.continuous.scheduler import scheduler_class
 from unspool.continuous.sizes import make_ledger, make_store, make_swap, tokens_per_step
 from unspool.decode.fault import find_fault
 from unspool.decode.invariant import InvariantRunner
-from unspool.decode.opened import OpenedRunner, Opener
+from unspool.decode.opened import BesideRunner, Ledger, OpenedRunner, Opener
 from unspool.decode.runner import Decoder, PagedRunner, Runner
+from unspool.decode.sequence import Sequence
 from unspool.errors import Unsupported
 from unspool.models.base import Model
 
@@ -31,12 +33,17 @@ def _may_run_ahead(model: Decoder | Opener, config: ContinuousBatchingConfig) ->
 
 
 def make_engine(
-    model: Decoder | Opener, config: ContinuousBatchingConfig, outbox: Outbox, wanted: int | None
+    model: Decoder | Opener,
+    opener: Opener | None,
+    config: ContinuousBatchingConfig,
+    outbox: Outbox,
+    wanted: int | None,
 ) -> Engine:
     """The engine of a manager, with its store.
 
     Args:
         model: computes.
+        opener: computes requests that are told more than tokens, or `None`.
         config: sizes, limits and the scheduler.
         outbox: where outputs go.
         wanted: tokens of keys and values that are known to be enough, or `None`.
@@ -50,15 +57,21 @@ def make_engine(
     deterministic = _deterministic(model, config.deterministic)
     budget = tokens_per_step(config, model.device)
     runner: Runner
+    fault: Callable[[Sequence], str]
     if isinstance(model, Opener):
         store: PagedStore = (ledger := make_ledger(model, config, places))
         runner = opened = OpenedRunner(model, ledger, alone=deterministic)
         swap, fault = None, opened.fault
     else:
-        store = make_store(model, config, places, budget, wanted)
+        store = make_store(model, config, places, budget, wanted, PagedStore if opener is None else Ledger)
         paged = InvariantRunner if deterministic else PagedRunner
         runner = paged(model, store, model.device, forks=True)
         swap, fault = make_swap(store, config), partial(find_fault, model)
+        if opener is not None:
+            assert isinstance(store, Ledger)
+            opened = OpenedRunner(opener, store, alone=deterministic)
+            runner = beside = BesideRunner(runner, opened)
+            fault = beside.fault_finder(fault)
     # Keys that depend on a row's whole length are not another row's.
     sharing = config.allow_block_sharing and not model.spec.needs_extents
     room = Room(store, sharing=sharing, swap=swap)

@@ -73,17 +73,19 @@ class ContinuousBatchingManager:
         if not hasattr(model, "_served"):
             raise TypeError(f"a manager serves models of unspool.load and unspool.wrap, not a {type(model).__name__}")
         config = continuous_batching_config or ContinuousBatchingConfig()
-        served: Decoder | Opener = model._served()
+        served, opener = model._served()
         self.model = model
         self.generation_config = merged_config(generation_config, getattr(model, "generation_config", None))
         self.continuous_batching_config = config
         self.manual_eviction = manual_eviction
         self._tokenizer = tokenizer
-        self._decoder = served
-        self._reader = Reader(served, self.generation_config, seed=config.seed, return_logprobs=config.return_logprobs)
+        self._decoder: Decoder | Opener = served
+        self._reader = Reader(
+            served, opener, self.generation_config, seed=config.seed, return_logprobs=config.return_logprobs
+        )
         self._outbox = Outbox()
         self._ids = count()
-        self._engine = make_engine(served, config, self._outbox, wanted)
+        self._engine = make_engine(served, opener, config, self._outbox, wanted)
         self._engine.remembers = manual_eviction
         self._worker = Worker(
             self._engine,
@@ -211,7 +213,7 @@ class ContinuousBatchingManager:
 
     def add_request(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         request_id: str | None = None,
         max_new_tokens: int | None = None,
         streaming: bool = False,
@@ -239,7 +241,9 @@ class ContinuousBatchingManager:
         """Queue a prompt. With `num_return_sequences=n` there are n outputs, the others under `id__child#0` and so on.
 
         Args:
-            input_ids: token ids, a list or a tensor of one row.
+            input_ids: token ids, a list or a tensor of one row; an `attention_mask` says which of them are padding.
+                Modules of transformers may be told something else besides, or instead: `pixel_values`,
+                `input_features` and the like by the names that their `generate()` has, with one row each.
             request_id: its name; made up if not given.
             max_new_tokens: most tokens to make; also any other field of `GenerationConfig` as a keyword.
             streaming: give an output after every token, not only the last.
@@ -313,7 +317,9 @@ class ContinuousBatchingManager:
         record_timestamps: bool = False,
         **kwargs: Any,
     ) -> list[str]:
-        """Queue many prompts with the same settings, and give their ids in order; see `add_request`.
+        """Queue many prompts, and give their ids in order; see `add_request`.
+
+        A prompt is a list of token ids, or a dict of what `add_request` takes, whose entries go before those of all.
 
         One that cannot be right, or finds the queue full, gets a result at once, with `finish_reason="rejected"` and
         the exception; the others are queued.
@@ -322,13 +328,22 @@ class ContinuousBatchingManager:
             ManagerStopped: no request is taken any more.
         """
         names = []
+        common = {
+            "max_new_tokens": max_new_tokens,
+            "streaming": streaming,
+            "record_timestamps": record_timestamps,
+            **kwargs,
+        }
         for prompt in inputs:
             name = self._new_name()
+            one = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
             try:
-                self.add_request(prompt, name, max_new_tokens, streaming, record_timestamps, **kwargs)
+                if "request_id" in one:
+                    raise ValueError("request_id is for add_request(), which takes one request")
+                self.add_request(request_id=name, **{**common, **one})
             except Exception as error:
                 self._worker.check_open()
-                self._reject(name, prompt, error)
+                self._reject(name, one.get("input_ids"), error)
             names.append(name)
         return names
 
@@ -427,7 +442,7 @@ class ContinuousBatchingManager:
 
     def _reject(self, name: str, prompt: Any, error: Exception) -> None:
         """Answer a request that was not queued."""
-        ids = list(prompt) if isinstance(prompt, list | tuple) else []
+        ids = [one for one in prompt if isinstance(one, int)] if isinstance(prompt, list | tuple) else []
         self._outbox.open(name)
         self._outbox.put(
             GenerationOutput(

@@ -47,7 +47,8 @@ class ContinuousMixin:
         """Continue many prompts, as many at a time as there is room for, each until its own end.
 
         Args:
-            inputs: prompts, a list of token ids each.
+            inputs: prompts, a list of token ids each; or a dict of what `add_request` takes, for settings of its own
+                or what a module of transformers is told besides (`{"input_ids": ids, "pixel_values": pixels}`).
             generation_config: settings of all of them; what it leaves open is the model's.
             num_q_padding_intervals, num_kv_padding_intervals: accepted for compatibility; nothing is padded.
             allow_block_sharing: share what is stored of equal beginnings.
@@ -75,7 +76,7 @@ class ContinuousMixin:
             return {}
         arguments = {field.name for field in fields(Arguments)}
         known = resolve({name: value for name, value in kwargs.items() if name not in arguments}, None)
-        if known.unused:
+        if known.unused and self._served()[1] is None:
             raise ValueError(no_use_for("generate_batch()", known.unused))
         manager = self.init_continuous_batching(
             generation_config,
@@ -164,14 +165,16 @@ class ContinuousMixin:
         finally:
             manager.stop(block=block, timeout=timeout)
 
-    def _served(self) -> Decoder | Opener:
-        """What computes for a manager."""
+    def _served(self) -> tuple[Decoder | Opener, Opener | None]:
+        """What computes for a manager, and what does where a request is told more than tokens, if anything can."""
         assert isinstance(self, Model), "ContinuousMixin goes in front of a native model"
-        return self
+        return self, None
 
     def _wanted(self, inputs: Items[Any], passed: Any, settings: Mapping[str, Any]) -> int | None:
         """Tokens that the prompts can grow to, all together; `None` where that cannot be told."""
         config = resolve(settings, merged_config(passed, getattr(self, "generation_config", None))).config
+        if any(isinstance(prompt, Mapping) for prompt in inputs):
+            return None
         if config.max_new_tokens is None and not all(hasattr(prompt, "__len__") for prompt in inputs):
             return None
         lengths = [len(prompt) for prompt in inputs if hasattr(prompt, "__len__")]
@@ -184,6 +187,8 @@ class ContinuousMixin:
 
 def _prompts(inputs: Any) -> list[Any]:
     """A call's prompts as a list, also of a tensor `[prompts, columns]`."""
+    if isinstance(inputs, Mapping):
+        raise TypeError("inputs must be a list of prompts; write [prompt] for one that is a dict")
     every = inputs.tolist() if hasattr(inputs, "tolist") else inputs
     if not isinstance(every, list | tuple):
         raise TypeError(
@@ -202,9 +207,13 @@ def _without_padding(prompts: list[Any], mask: Any) -> list[list[int]]:
     marks = mask.tolist() if hasattr(mask, "tolist") else mask
     rows = [prompt.tolist() if hasattr(prompt, "tolist") else prompt for prompt in prompts]
     try:
+        if any(isinstance(row, Mapping) for row in rows):
+            raise ValueError
         return [[t for t, m in zip(row, one, strict=True) if m] for row, one in zip(rows, marks, strict=True)]
     except (TypeError, ValueError):
-        raise ValueError("attention_mask must have a 0 or 1 for each token of inputs") from None
+        raise ValueError(
+            "attention_mask must have a 0 or 1 for each token of inputs; prompts that are dicts have their own"
+        ) from None
 
 
 def _values(config: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class Reader:
 
     Args:
         model: what will compute them.
+        opener: what will compute those that are told more than tokens, or `None`.
         base: settings of requests that bring none of their own.
         seed: makes requests without a seed repeatable, in the order of their arrival; `None` draws their seeds from
             torch's global generator.
@@ -75,9 +76,16 @@ class Reader:
     """
 
     def __init__(
-        self, model: Decoder | Opener, base: GenerationConfig, *, seed: int | None, return_logprobs: bool
+        self,
+        model: Decoder | Opener,
+        opener: Opener | None,
+        base: GenerationConfig,
+        *,
+        seed: int | None,
+        return_logprobs: bool,
     ) -> None:
         self._model = model
+        self._opener = opener
         self._base = base
         self._seed = seed
         self._return_logprobs = return_logprobs
@@ -107,21 +115,20 @@ class Reader:
 
         Args:
             input_ids: its prompt.
-            settings: fields of `GenerationConfig`, which override those of `arguments.generation_config`.
+            settings: fields of `GenerationConfig`, which override those of `arguments.generation_config`, and what a
+                module is told beside the tokens.
 
         Raises:
             ValueError, TypeError: something that cannot be right.
             Unsupported: settings that make no sense here.
         """
-        prompt = self._tokens("input_ids", input_ids)
         resolved = resolve(settings, arguments.generation_config, self._base)
-        if resolved.unused:
-            raise ValueError(no_use_for("the request", resolved.unused))
+        ids = self._prompt(input_ids, resolved.unused)
         _check_arguments(arguments)
         config = resolved.config
         mode = mode_of(config, assisted=arguments.assistant_model is not None)
         refuse_settings(config, mode, self._model.device)
-        encoded, prompt = self._begin(prompt, config, mode)
+        prompt, inputs = self._begin(ids, resolved.unused, config, mode)
         self._set_lengths(resolved, len(prompt))
         samples = 1 if mode in BEAMS else int(config.num_return_sequences or 1)
         check_number("num_return_sequences", samples, Check(int, 1, _MOST_SAMPLES))
@@ -133,7 +140,8 @@ class Reader:
             config,
             mode,
             self._healed(prompt, config, arguments),
-            encoded,
+            prompt if ids is None else ids,
+            inputs,
             self._negative(prompt, config, arguments),
             self._tokenizers(mode, arguments),
             None if arguments.deadline is None else monotonic() + arguments.deadline,
@@ -143,13 +151,35 @@ class Reader:
             seed = self._seed_of(config, number)
         return number, [self._one(read, arguments, seed, sample) for sample in range(samples)]
 
+    def _prompt(self, ids: Any, inputs: dict[str, Any]) -> list[int] | None:
+        """The prompt's tokens, without those that its mask leaves out; the mask is taken out of `inputs`.
+
+        `None` where a request has none, and something else in their place.
+        """
+        if ids is None and self._opener is not None:
+            return None
+        tokens = self._tokens("input_ids", ids)
+        mask = inputs.pop("attention_mask", None)
+        if mask is None:
+            return tokens
+        marks = torch.as_tensor(mask).flatten().tolist()
+        if len(marks) != len(tokens) or (inputs and not all(marks)):
+            raise ValueError(
+                f"attention_mask has {len(marks)} entries, {sum(map(bool, marks))} of them 1, and input_ids "
+                f"{len(tokens)} tokens; a request has true tokens only, so leave out its padding"
+            )
+        return [token for token, mark in zip(tokens, marks, strict=True) if mark]
+
     def _begin(
-        self, prompt: list[int], config: GenerationConfig, mode: GenerationMode
-    ) -> tuple[list[int] | None, list[int]]:
-        """What an encoder reads, if there is one, and what is continued."""
-        model = self._model
-        if not isinstance(model, Opener):
-            return None, prompt
+        self, ids: list[int] | None, inputs: dict[str, Any], config: GenerationConfig, mode: GenerationMode
+    ) -> tuple[list[int], Mapping[str, Any] | None]:
+        """What is continued, and what the module is told beside it."""
+        opener = self._opener
+        if opener is None or (ids is not None and not inputs and opener is not self._model):
+            if inputs:
+                raise ValueError(no_use_for("the request", inputs))
+            assert ids is not None
+            return ids, None
         wanted = {
             "guidance_scale": is_guided(config),
             "token_healing": config.token_healing,
@@ -157,9 +187,11 @@ class Reader:
         }
         for what, asked in wanted.items():
             if asked:
-                raise Unsupported(f"{what} with {model.spec.family}, which runs in rows, is for generate() alone")
-        prefix = model.prefix(config)
-        return (None, prompt) if prefix is None else (prompt, prefix)
+                told = f" and {', '.join(sorted(inputs))}" if inputs else ""
+                raise Unsupported(
+                    f"{what} with {opener.spec.family}{told}, which runs in rows, is for generate() alone"
+                )
+        return opener.read(ids, inputs, config)
 
     def _healed(self, prompt: list[int], config: GenerationConfig, arguments: Arguments) -> list[int]:
         """The prompt, with its last token healed where that is asked for."""
@@ -216,6 +248,7 @@ class Reader:
         model, config, prompt = self._model, read.config, read.prompt
         ends = end_tokens(config)
         scale = float(config.guidance_scale or 1.0)
+        source = read.given if read.inputs is None or "input_ids" in read.inputs else None
         processors = build_processors(
             config,
             prompt_length=len(prompt),
@@ -223,7 +256,7 @@ class Reader:
             device=model.device,
             custom=arguments.logits_processor,
             prefix_allowed_tokens_fn=arguments.prefix_allowed_tokens_fn,
-            encoder_input_ids=torch.tensor([read.encoded or prompt], device=model.device),
+            encoder_input_ids=None if source is None else torch.tensor([source], device=model.device),
             tokenizer=arguments.tokenizer,
             vocab_size=model.spec.vocab_size,
             guidance=None if read.negative is None else GuidanceLogitsProcessor(scale),
@@ -259,7 +292,8 @@ class Reader:
             streamer=arguments.streamer,
             top_logprobs=top if top is not None else 0 if told else None,
             prompt_logprobs=arguments.prompt_logprobs,
-            encoded=read.encoded,
+            inputs=read.inputs,
+            given=read.given,
         )
 
     def _set_lengths(self, resolved: Resolved, columns: int) -> None:
@@ -289,7 +323,8 @@ class _Read:
     config: GenerationConfig
     mode: GenerationMode
     prompt: list[int]
-    encoded: list[int] | None
+    given: list[int]
+    inputs: Mapping[str, Any] | None
     negative: list[int] | None
     tokenizers: tuple[Any, Any] | None
     deadline: float | None

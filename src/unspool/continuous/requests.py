@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
@@ -170,7 +170,8 @@ class Wishes:
         deadline: `time.monotonic()` at which it ends, or `None`.
         top_logprobs: how many log-probabilities to give beside the chosen one's; `None` for no log-probabilities.
         prompt_logprobs: the same for the prompt's own tokens.
-        encoded: what the encoder of an encoder-decoder reads, or `None`.
+        inputs: what the module is told beside the tokens, by name, or `None`; see `Sequence`.
+        given: the prompt as the caller knows it: of an encoder-decoder, what the encoder reads where that is tokens.
     """
 
     prompt: list[int]
@@ -193,12 +194,8 @@ class Wishes:
     streamer: Any = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
-    encoded: list[int] | None = None
-
-    @property
-    def given(self) -> list[int]:
-        """The prompt as the caller knows it."""
-        return self.prompt if self.encoded is None else self.encoded
+    inputs: Mapping[str, Any] | None = None
+    given: list[int] = field(default_factory=list)
 
     @property
     def keeps(self) -> tuple[bool, bool]:
@@ -293,7 +290,8 @@ class RequestState:
         self.attentive = wishes.reads_ids or wishes.record_timestamps
         plain = not group.rows  # the group of plain rows lists none, since they come and go
         self.leaders = self.leaders or [0] * len(self.rows)
-        self.heedful = not plain or wishes.reads_ids or wishes.top_logprobs is not None
+        alone = not plain or wishes.inputs is not None  # rows of a module's own are told their tokens by the host
+        self.heedful = alone or wishes.reads_ids or wishes.top_logprobs is not None
         self.next_token = [Work(self.rows[0], 1, 1, group)] if plain else []
 
     @property

@@ -143,7 +143,7 @@ class Room:
         At least one token is left to compute, since its logits are wanted; and all after the first `most`.
         """
         assert not row.blocks, "the row holds blocks"
-        if not self.sharing:
+        if not self.sharing or row.inputs is not None:  # what follows a picture is not another row's
             return True
         size, last = self.store.block_size, len(row.tokens) - 1
         last = last if most is None else min(last, most)
@@ -239,7 +239,7 @@ class Room:
 
         A block that others left there is not copied again.
         """
-        if self.swap is None or not rows[0].blocks or rows[0] in self._shelves:
+        if self.swap is None or not rows[0].blocks or rows[0] in self._shelves or rows[0].inputs is not None:
             return
         shelf = self.swap.put(rows, self.index.at)
         if shelf is not None:

@@ -33,7 +33,12 @@ _SCORES = 4
 
 
 def make_store(
-    model: Decoder, config: ContinuousBatchingConfig, places: int, budget: int, wanted: int | None = None
+    model: Decoder,
+    config: ContinuousBatchingConfig,
+    places: int,
+    budget: int,
+    wanted: int | None = None,
+    kind: type[PagedStore] = PagedStore,
 ) -> PagedStore:
     """A store of fixed size: by number, or by a share of the free memory and not more than can be used.
 
@@ -45,6 +50,7 @@ def make_store(
         places: most requests at a time.
         budget: most tokens in a step.
         wanted: tokens that are known to be enough, or `None`.
+        kind: of store.
 
     Raises:
         OutOfMemory: not even one block fits.
@@ -63,7 +69,7 @@ def make_store(
         counts = share_out(space, each, most, -(-useful // BLOCK_SIZE))
         if min(counts) < 1:
             raise OutOfMemory("one block of the key/value cache", needed=sum(each), available=space)
-    return PagedStore(groups, counts, dtype=model.dtype, device=device, block_size=BLOCK_SIZE)
+    return kind(groups, counts, dtype=model.dtype, device=device, block_size=BLOCK_SIZE)
 
 
 def make_ledger(model: Opener, config: ContinuousBatchingConfig, places: int) -> Ledger:
@@ -72,7 +78,7 @@ def make_ledger(model: Opener, config: ContinuousBatchingConfig, places: int) ->
     How much memory a module takes for them is its own business.
     """
     tokens = places * _LONGEST if config.num_blocks is None else config.num_blocks * config.page_size
-    return Ledger(-(-tokens // BLOCK_SIZE), model.device)
+    return Ledger.empty(-(-tokens // BLOCK_SIZE), model.device)
 
 
 def make_swap(store: PagedStore, config: ContinuousBatchingConfig) -> SwapArea | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as Items
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence as Items
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from torch import Tensor
 from unspool.cache.layout import LayerGroup
 from unspool.cache.paged import PagedStore, Row
 from unspool.config import GenerationConfig
-from unspool.decode.runner import Output
+from unspool.decode.runner import Output, Runner
 from unspool.decode.sequence import Sequence, Want, Work
 from unspool.models.adapters import Adapters
 from unspool.models.base import ModelSpec
 
-__all__ = ["Ledger", "OpenRow", "OpenedRunner", "Opener", "Together"]
+__all__ = ["BesideRunner", "Ledger", "OpenRow", "OpenedRunner", "Opener", "Together"]
 
 
 Together: TypeAlias = Literal["any", "equal", "none"]
@@ -25,7 +25,13 @@ Together: TypeAlias = Literal["any", "equal", "none"]
 
 
 class OpenRow(ABC):
-    """A row that has begun, with the module's past of it."""
+    """A row that has begun, with the module's past of it.
+
+    Attributes:
+        joins: it may be fed in one forward with others, as `Opener.together` says; else only by itself.
+    """
+
+    joins: bool
 
     @abstractmethod
     def feed(self, item: Work) -> Tensor:
@@ -41,17 +47,31 @@ class Opener(ABC):
 
     Attributes:
         spec: its shape; it has no layer groups, since nothing of it is in a store of ours.
+        width: of the logits; `None` where the module does not say.
         adapters: none.
         device: of logits.
     """
 
     spec: ModelSpec
+    width: int | None
     adapters: Adapters
     device: torch.device
 
     @abstractmethod
-    def prefix(self, config: GenerationConfig) -> list[int] | None:
-        """What the decoder of an encoder-decoder begins with; `None` for a module without an encoder."""
+    def read(
+        self, ids: list[int] | None, inputs: Mapping[str, Any], config: GenerationConfig
+    ) -> tuple[list[int], Mapping[str, Any] | None]:
+        """A request's tokens, those of the decoder where there is an encoder, and the `inputs` of its rows.
+
+        Args:
+            ids: its `input_ids`, or `None`.
+            inputs: what else the module is told of this request, by the names that its `forward` has.
+            config: the request's.
+
+        Raises:
+            ValueError, TypeError: something is missing, or the module has no use for it.
+            Unsupported: what only a whole call can take.
+        """
 
     @abstractmethod
     def open(self, row: Sequence) -> OpenRow:
@@ -68,17 +88,20 @@ class Opener(ABC):
 
 
 class Ledger(PagedStore):
-    """Blocks that hold nothing, so that rows are scheduled as those of a real store; and the rows' pasts.
+    """A store that also holds the pasts of open rows, which fill no blocks and are counted as if they did.
 
-    Args:
-        blocks: how many.
-        device: of the module.
+    So they are scheduled as all others.
     """
 
-    def __init__(self, blocks: int, device: torch.device) -> None:
-        super().__init__((LayerGroup((), 0, 0),), blocks, dtype=torch.float32, device=device)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.opened: dict[Row, OpenRow] = {}
         self.faults: dict[Row, str] = {}
+
+    @classmethod
+    def empty(cls, blocks: int, device: torch.device) -> Ledger:
+        """One of `blocks` blocks that hold nothing, for a module all of whose rows are opened."""
+        return cls((LayerGroup((), 0, 0),), blocks, dtype=torch.float32, device=device)
 
     def release(self, row: Row) -> None:
         """See `PagedStore`; the row's past goes too, and is computed again when the row comes back."""
@@ -104,7 +127,7 @@ class OpenedRunner:
         self._model = model
         self._ledger = ledger
         self._alone = alone
-        self._width: int | None = None
+        self._width = model.width
 
     def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`; nothing besides logits can be had."""
@@ -130,7 +153,7 @@ class OpenedRunner:
     def _feed_together(self, work: list[Work]) -> dict[Sequence, Tensor]:
         """Logits of the rows that are open, where they can be fed in one forward."""
         opened = self._ledger.opened
-        ready = [item for item in work if item.seq in opened]
+        ready = [item for item in work if item.seq in opened and opened[item.seq].joins]
         if self._alone or len(ready) < 2 or self._model.together == "none":
             return {}
         parts: dict[int, list[Work]] = {}
@@ -191,3 +214,47 @@ class OpenedRunner:
         return self._ledger.faults.get(row) or (
             f"the logits of {self._model.spec.family} are not finite, or a logits processor left no token to choose"
         )
+
+
+class BesideRunner:
+    """See `decode.runner.Runner`: rows that are told more than tokens are opened, beside those that a store serves.
+
+    Args:
+        paged: runs the others.
+        opened: runs those with `Sequence.inputs`.
+    """
+
+    def __init__(self, paged: Runner, opened: OpenedRunner) -> None:
+        self._paged = paged
+        self._opened = opened
+
+    def _of(self, row: Sequence) -> Runner:
+        return self._paged if row.inputs is None else self._opened
+
+    def run(self, work: list[Work], want: Want) -> Output:
+        """See `Runner`."""
+        parts: dict[Runner, list[Work]] = {}
+        for item in work:
+            parts.setdefault(self._of(item.seq), []).append(item)
+        if len(parts) == 1:
+            ((runner, _),) = parts.items()
+            return runner.run(work, want)
+        lines = {runner: iter(runner.run(part, want).logits) for runner, part in parts.items()}
+        kept = [next(lines[self._of(item.seq)]) for item in work for _ in range(item.keep)]
+        return Output(torch.stack(kept), [], [])  # nothing else is wanted of modules that are not ours
+
+    def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
+        """See `Runner`."""
+        self._of(rows[0]).fork(rows, parents)
+
+    def rewind(self, row: Sequence, tokens: int) -> None:
+        """See `Runner`."""
+        self._of(row).rewind(row, tokens)
+
+    def retire(self, ended: Items[Sequence], live: Items[Sequence]) -> None:
+        """See `Runner`."""
+        self._opened.retire(ended, live)  # the store is one
+
+    def fault_finder(self, paged: Callable[[Sequence], str]) -> Callable[[Sequence], str]:
+        """What says why a row has no token to choose; `paged` says so of those that the store serves."""
+        return lambda row: paged(row) if row.inputs is None else self._opened.fault(row)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence as Items
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Sequence:
         draft: tokens guessed to follow the known ones, to be fed with them and checked in one step. Owner: the drafter.
         embeds: `[n, hidden]` what is fed in place of the embeddings of the first `n` tokens, or `None`.
         adapter: what its tokens go through beside the model's weights, or `None`.
-        encoded: of a row of an encoder-decoder's decoder, the tokens that the encoder reads.
+        inputs: what a module in rows is told beside the tokens, by name: what its encoder reads, pictures; or `None`.
     """
 
     row: int
@@ -38,7 +38,7 @@ class Sequence:
     draft: list[int] = field(default_factory=list)
     embeds: Tensor | None = None
     adapter: Adapter | None = None
-    encoded: list[int] | None = None
+    inputs: Mapping[str, Any] | None = None
 
     @property
     def known(self) -> int:

@@ -33,7 +33,7 @@ from unspool.interop.notes import note
 from unspool.interop.versions import check_version
 from unspool.logits import is_guided
 
-__all__ = ["disable", "enable", "enabled", "inside", "is_plain", "unserved"]
+__all__ = ["disable", "enable", "enabled", "inside", "is_plain", "makes_its_start", "unserved"]
 
 # Methods for continuous batching, which transformers' `GenerationMixin` inherits.
 _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -135,12 +135,24 @@ def unserved(module: nn.Module) -> str | None:
     verdict = ForeignSource(module).verdict()
     if verdict.shape is not None:
         return None
-    if getattr(type(module), "generate", None) is not GenerationMixin.generate and not is_plain(module):
+    if not makes_its_start(module) and not _is_ours_or_plain(module):
         return f"it runs in rows, because {verdict.reason}, and generates in a way of its own"
-    if any(hasattr(part, "_setup_cache") for part in module.modules()):  # as RecurrentGemma's layers have
-        return "it keeps its past in itself, of one call at a time"
-    main = getattr(module, "main_input_name", "input_ids")
-    return None if main == "input_ids" else f"it reads {main} rather than token ids"
+    own = any(hasattr(part, "_setup_cache") for part in module.modules())  # as RecurrentGemma's layers have
+    return "it keeps its past in itself, of one call at a time" if own else None
+
+
+def makes_its_start(module: nn.Module) -> bool:
+    """Whether a module writes what its encoder hears or sees, and its own `generate()` chooses what it begins with.
+
+    So does Whisper's, for a language and a task.
+    """
+    foreign = Foreign(module)
+    reads_more = getattr(module, "main_input_name", "input_ids") != "input_ids"
+    return reads_more and foreign.encoder_decoder and foreign.from_transformers and not _is_ours_or_plain(module)
+
+
+def _is_ours_or_plain(module: nn.Module) -> bool:
+    return getattr(type(module), "generate", None) is GenerationMixin.generate or is_plain(module)
 
 
 def _base() -> Any:

@@ -112,21 +112,22 @@ class Wrapped(GenerationMixin, ContinuousMixin):
         """
         return report_on(self._inner())
 
-    def _served(self) -> Decoder | Opener:
-        """What computes for a manager of continuous batching.
+    def _served(self) -> tuple[Decoder | Opener, Opener | None]:
+        """What computes for a manager, and what does for requests that are told more than tokens.
 
         Raises:
-            Unsupported: the module generates in a way of its own, or from other things than token ids.
+            Unsupported: the module generates in a way of its own.
         """
         module = self._inner()
         if isinstance(module, Model):
-            return module
+            return module, None
         source = ForeignSource(module)
         reason = patch.unserved(module)
         if reason is not None:
             raise Unsupported(f"continuous batching of {type(module).__name__}: {reason}; use generate()")
         shape = source.verdict().shape
-        return RowsModel(source) if shape is None else RaggedModel(source.foreign, shape)
+        rows = RowsModel(source, None if shape is None else shape.vocab, makes_its_start=patch.makes_its_start(module))
+        return (rows if shape is None else RaggedModel(source.foreign, shape)), rows
 
     def _inner(self) -> nn.Module:
         """The module; of one of PEFT's the one inside, where that does all the work."""
