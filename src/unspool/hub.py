@@ -498,6 +498,17 @@ def _with_generate(native: type[Model], name: str) -> type[Model]:
     from unspool.generate import GenerationMixin
 
     if (native, name) not in _composed:
-        members = {"__module__": native.__module__, "__doc__": native.__doc__}
+        members = {
+            "__module__": native.__module__,
+            "__doc__": native.__doc__,
+            # pickles cannot find a class by a name that no module has
+            "__reduce__": lambda self: (_without_state, (native, name), self.__getstate__()),
+        }
         _composed[native, name] = type(name, (GenerationMixin, ContinuousMixin, AdapterMixin, native), members)
     return _composed[native, name]
+
+
+def _without_state(native: type[Model], name: str) -> Model:
+    """What a copy or a pickle of a loaded model begins with."""
+    kind = _with_generate(native, name)
+    return kind.__new__(kind)

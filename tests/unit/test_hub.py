@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
 import unspool
 from unspool import hub
 from unspool.models.base import Model
+from unspool.models.layers.packed import Packable
 
 
 @pytest.fixture
@@ -46,6 +48,51 @@ def test_the_class_is_made_once(tiny_llama_dir: Path) -> None:
     one, two = (unspool.AutoModelForCausalLM.from_pretrained(tiny_llama_dir) for _ in range(2))
     assert type(one) is type(two)
     assert type(copy.deepcopy(one)) is type(one)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float32"}, {"quantize": "int4"}])
+def test_a_model_that_is_moved_copied_or_pickled_keeps_its_fast_weights(options: dict[str, Any]) -> None:
+    model, tokenizer = unspool.load(device="cpu", **options)
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+
+    def kinds(one: Any) -> list[type]:
+        return [type(part._packed) for part in one.modules() if isinstance(part, Packable)]
+
+    def tokens(one: Any) -> list[int]:
+        return list(one.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist())
+
+    packed, expected = kinds(model), tokens(model)
+    forms = [part._packed for part in model.modules() if isinstance(part, Packable)]
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert model.to("cpu").eval() is model
+    assert all(
+        part._packed is form
+        for part, form in zip((part for part in model.modules() if isinstance(part, Packable)), forms, strict=True)
+    ), "what was only looked at or moved to where it is was packed anew"
+    model.train()
+    twins.append(model.eval())
+    for one in twins:
+        assert type(one) is type(model)
+        assert one.lm_head.weight is one.embedding.weight
+        assert kinds(one) == packed
+        assert tokens(one) == expected
+
+
+@pytest.mark.parametrize("first", ["optimizer", "train"])
+def test_an_optimizer_finds_the_weights_that_are_trained(first: str) -> None:
+    model, tokenizer = unspool.load(device="cpu", dtype="float32")
+    ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
+    model.requires_grad_(True)
+    if first == "train":
+        model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    after = model.eval().state_dict()
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert not same, "these were not trained"
 
 
 def test_generation_settings_fall_back_to_the_model_config(checkpoint: Path) -> None:

@@ -210,6 +210,11 @@ def test_a_packed_model_is_the_same_model() -> None:
         model.requires_grad_(False).pack()
         assert model.lm_head._packed is not None
 
+    def still_packed() -> None:
+        assert model.lm_head._packed is not None
+        assert model.lm_head._packed is model.embedding._packed
+        assert torch.equal(model.state_dict()["layers.0.mlp.down.weight"], plain["layers.0.mlp.down.weight"])
+
     def whole() -> None:
         assert model.lm_head._packed is None
         assert model.lm_head.weight is model.embedding.weight
@@ -222,19 +227,24 @@ def test_a_packed_model_is_the_same_model() -> None:
     assert state["lm_head.weight"].data_ptr() == state["embedding.weight"].data_ptr()
     twin = copy.deepcopy(model)
     assert twin.lm_head.weight is twin.embedding.weight
-    whole()
-    packed()
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    still_packed()
+    twin.requires_grad_(True)
+    assert twin.lm_head._packed is None and torch.equal(twin.lm_head.weight, plain["lm_head.weight"])
+    assert twin.lm_head.weight is twin.embedding.weight
+    still_packed()
+    assert model.to("cpu").bfloat16() is model
+    still_packed()
     assert torch.equal(model.to(torch.float32).embedding.weight, plain["embedding.weight"].float())
     whole()
     model.bfloat16()
-    packed()
+    still_packed()
     model.load_state_dict(plain)
-    whole()
-    packed()
+    still_packed()
     model.train()
     whole()
     model.eval()
-    packed()
+    still_packed()
     model.requires_grad_(True)
     model(ids, labels=ids).loss.backward()
     assert model.embedding.weight.grad is not None

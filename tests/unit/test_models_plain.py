@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -174,9 +175,14 @@ def test_a_packed_layer_is_the_same_layer(dtype: torch.dtype) -> None:
     layer.pack()
     assert layer.weight.shape == plain.shape
     assert torch.equal(layer.state_dict()["weight"], plain)
-    assert torch.equal(copy.deepcopy(layer).weight, plain)
-    layer.pack()
-    assert torch.equal(layer.to(torch.float32).weight, plain.float())
+    packed, twin = layer._packed, copy.deepcopy(layer)
+    assert torch.equal(twin.plain, plain)
+    assert torch.equal(pickle.loads(pickle.dumps(layer)).plain, plain)
+    assert layer.to("cpu") is layer and layer._packed is packed, "whoever looks at a layer leaves it as it is"
+    twin.unpack()
+    assert torch.equal(twin.weight, plain) and layer._packed is packed
+    assert torch.equal(layer.to(torch.float64).weight, plain.double())
+    layer.to(torch.float32)
     layer.pack()
     layer.load_state_dict({"weight": plain * 2})
     assert torch.equal(layer.weight.to(dtype), plain * 2)

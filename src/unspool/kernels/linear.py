@@ -17,7 +17,7 @@ from torch import Tensor
 from unspool.kernels import native
 from unspool.kernels.memory import reserve
 
-__all__ = ["PackedWeight", "fits"]
+__all__ = ["PackedWeight", "fits", "unpacked"]
 
 # Numbers are declared as pointers too, which is the cheaper conversion; both have 64 bits.
 _WORD, _THREADS = ctypes.c_void_p, ctypes.c_int
@@ -170,8 +170,19 @@ class PackedWeight:
             self._plain = weakref.ref(plain)
         return plain
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unpacked, (self.plain(),)
+
     def _checked(self, bias: Tensor) -> Tensor:
         if bias.dtype != torch.bfloat16 or bias.shape != (self.outputs,) or not bias.is_cpu:
             shape = list(bias.shape)
             raise ValueError(f"`bias` must be bfloat16 [{self.outputs}] on the CPU; got {bias.dtype} {shape}")
         return bias.contiguous()
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """What a pickled packed weight comes back as: the plain one, which the reader's machine may pack in its own way."""
+    return weight

@@ -17,7 +17,7 @@ from unspool.kernels.program import Chosen, Stops
 from unspool.models.adapters import Adapters, Mixer, Selection
 from unspool.models.layers.embedding import Embedding
 from unspool.models.layers.linear import Linear, pack
-from unspool.models.layers.packed import Packable
+from unspool.models.layers.packed import Packable, regroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,7 @@ class Model(nn.Module):
         lm_head: turns hidden states into logits.
         tied: the head's weight is the embedding's.
         adapters: low-rank adapters loaded beside the weights.
+        packs: its weights are kept packed (see `pack`) while it is not trained.
     """
 
     spec: ModelSpec
@@ -189,6 +190,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = ModelConfig(config)
         self.adapters = Adapters()
+        self.packs = False
 
     def body(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, `[tokens, hidden]`."""
@@ -325,6 +327,7 @@ class Model(nn.Module):
 
         See `models.layers.linear`. A head and an embedding that share a weight share its packed form.
         """
+        self.packs = True
         uses = Counter(id(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
         users: defaultdict[int, list[Packable]] = defaultdict(list)
         for module in self.modules():
@@ -344,7 +347,40 @@ class Model(nn.Module):
         for adapter in self.adapters.loaded.values():
             for delta in adapter.deltas.values():
                 delta.convert(fn)
+        self._pack_again()
         return self
+
+    def train(self, mode: bool = True) -> Model:
+        """See `torch.nn.Module`; weights are packed again when it ends, unless they are still to be trained."""
+        super().train(mode)
+        self._pack_again()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Model:
+        """See `torch.nn.Module`; weights to be trained become plain at once, so that an optimizer finds them."""
+        for module in self.modules() if requires_grad else ():
+            if isinstance(module, Packable) and module._packed is not None and module._packed.lossless:
+                module.unpack()
+        super().requires_grad_(requires_grad)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See `torch.nn.Module`."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._pack_again()
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.tied:
+            self.lm_head.weight = self.embedding.weight
+        regroup(module for module in self.modules() if isinstance(module, Packable))
+        self._pack_again()
+
+    def _pack_again(self) -> None:
+        """Pack what was unpacked, by a cast, say, unless it is trained: then others hold the plain weights."""
+        if self.packs and not self.training and not any(parameter.requires_grad for parameter in self.parameters()):
+            self.pack()
 
     @property
     def dtype(self) -> torch.dtype:

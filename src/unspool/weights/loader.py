@@ -110,6 +110,7 @@ def load_model(
         # The largest come first: what reading one holds beside the weight is then gone before memory is full.
         plan.sort(key=lambda entry: -entry[0].parameter.nbytes)
         model.requires_grad_(not pack)
+        model.packs = pack
         if model.tied:
             model.lm_head.weight = model.embedding.weight
         pool = stack.enter_context(ThreadPoolExecutor(torch.get_num_threads()))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unspool.kernels.linear import PackedWeight, fits
+from unspool.kernels.linear import PackedWeight, fits, unpacked
 from unspool.models.layers.packed import Packable, PackedForm, WritableForm, exchange
 
 __all__ = ["Added", "Linear", "added", "multiply", "pack", "packed_form"]
@@ -147,6 +147,12 @@ class _OneDNN:
 
     lossless = True
     invariant = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneDNN:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unpacked, (self.plain(),)
 
     def __init__(self, weight: Tensor) -> None:
         self._dtype = weight.dtype

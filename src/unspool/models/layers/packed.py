@@ -1,14 +1,16 @@
 """Weights that give up their plain layout for one that is faster to use, and get it back when somebody needs it.
 
-A packed weight's parameter keeps its shape and dtype and has no memory (it is on the `meta` device). Training, `to()`,
-`state_dict()`, copying and pickling see the plain weight as before. Modules that share a weight share its packed form.
-A quantised weight is such a form too, which stays as it is when the model is moved, copied or trained around it, and is
-brought back for `state_dict()` and where its own gradient is wanted.
+A packed weight's parameter keeps its shape and dtype and has no memory (it is on the `meta` device). Training, casts,
+moves to other devices, `state_dict()` and pickles see the plain weight as before; whoever only copies a model, or moves
+it to where it is, leaves the packed one alone. Modules that share a weight share its packed form. A quantised weight is
+such a form too, which stays as it is when the model is moved, copied or trained around it, and is brought back for
+`state_dict()` and where its own gradient is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 from weakref import WeakSet
 
@@ -17,15 +19,15 @@ from torch import Tensor, nn
 
 from unspool.models.layers.watched import Watched
 
-__all__ = ["Packable", "PackedForm", "TableForm", "WritableForm", "exchange"]
+__all__ = ["Packable", "PackedForm", "TableForm", "WritableForm", "exchange", "regroup"]
 
 
 class PackedForm(Protocol):
-    """A weight `[out, in]` in another layout.
+    """A weight `[out, in]` in another layout, which nobody changes, so that copies of a model share it.
 
     Attributes:
-        lossless: it gives back the very weight it was made of. What does not, a quantised weight, is kept while it is
-            trained around, moved and copied.
+        lossless: it gives back the very weight it was made of, and is pickled as that, a tensor. What does not, a
+            quantised weight, is kept while it is trained around, moved and pickled.
     """
 
     lossless: bool
@@ -112,33 +114,44 @@ class Packable(Watched):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copying and pickling see: the plain weight, or the quantised one."""
-        if self._packed is not None and not self._packed.lossless:
-            return {**self.__dict__, "_holders": None}
-        self.unpack()
-        return self.__dict__
+        """What copying and pickling see; who shares the weight is told by `regroup`."""
+        return {**self.__dict__, "_holders": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        packed: object = self._packed
+        if isinstance(packed, Tensor):  # a pickle's
+            self.weight, self._packed = nn.Parameter(packed, requires_grad=self.weight.requires_grad), None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packable:
-        if self._packed is None or self._packed.lossless:
+        if self._packed is None or not self._moved(fn, self._packed):
             self.unpack()
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        # The function does not fit what is only a shape; what it does to a tensor like it says where to go.
-        form = cast(MovableForm, self._packed)
-        like = fn(torch.empty(0, dtype=self.weight.dtype, device=form.device))
-        moved = form.to(like.device, like.dtype)
-        if moved is not form:
-            holders = list(self._holders or [self])
-            shape = nn.Parameter(self.weight.detach().to(like.dtype), requires_grad=self.weight.requires_grad)
-            for module in holders:
-                module.weight = shape
-            exchange(holders, moved)
         weight, self._parameters["weight"] = self.weight, None
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters["weight"] = weight
         return self
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], form: PackedForm) -> bool:
+        """Do to the packed weight what `fn` does to tensors; `False` where the plain one is needed for it."""
+        # The function does not fit what is only a shape; what it does to a tensor like it says where to go.
+        device = torch.device("cpu") if form.lossless else cast(MovableForm, form).device
+        probe = torch.empty(0, dtype=self.weight.dtype, device=device)
+        like = fn(probe)
+        if form.lossless:
+            shared = like.is_shared()  # type: ignore[no-untyped-call]
+            return (like.device, like.dtype) == (probe.device, probe.dtype) and not shared
+        moved = cast(MovableForm, form).to(like.device, like.dtype)
+        if moved is not form:
+            holders = list(self._holders or [self])
+            shape = nn.Parameter(self.weight.detach().to(like.dtype), requires_grad=self.weight.requires_grad)
+            for module in holders:
+                module.weight = shape
+            exchange(holders, moved)
+        return True
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -158,3 +171,15 @@ def exchange(modules: Sequence[Packable], packed: PackedForm) -> None:
     holders = WeakSet(modules)
     for module in modules:
         module.weight, module._packed, module._holders = shape, packed, holders
+
+
+def regroup(modules: Iterable[Packable]) -> None:
+    """Let `modules`, which were copied, know again with which others they share a packed weight."""
+    sharing: defaultdict[int, list[Packable]] = defaultdict(list)
+    for module in modules:
+        if module._packed is not None:
+            sharing[id(module._packed)].append(module)
+    for some in sharing.values():
+        holders = WeakSet(some)
+        for module in some:
+            module._holders = holders
