@@ -31,7 +31,7 @@ from unspool.decode.runner import PagedRunner, Runner
 from unspool.decode.sequence import Choice, Group, Sequence, Work
 from unspool.errors import Unsupported
 
-__all__ = ["Company", "OwnPath", "Verdict", "judge", "judge_together"]
+__all__ = ["Company", "OwnPath", "Verdict", "judge", "judge_together", "looks_on"]
 
 OwnPath: TypeAlias = Callable[[Tensor, Tensor, int], tuple[list[Sequence], Runner]]
 """From ids, their mask and how many tokens follow: rows, and what runs them in the module's own way."""
@@ -248,7 +248,7 @@ def _state(foreign: Foreign) -> tuple[_State, str | None]:
 def _settled(part: nn.Module) -> str | None:
     """What about one part of a module needs its own way."""
     own = part.__dict__
-    if part._forward_pre_hooks or any(map(_looks, part._forward_hooks.values())):
+    if part._forward_pre_hooks or any(map(looks_on, part._forward_hooks.values())):
         return _WATCHED
     if (
         own.get("_compiled_call_impl") is not None
@@ -261,7 +261,7 @@ def _settled(part: nn.Module) -> str | None:
     return None
 
 
-def _looks(hook: Any) -> bool:
+def looks_on(hook: Any) -> bool:
     """Whether a forward hook may look at what it is given, or change it.
 
     Those that transformers leaves where hidden states were asked for stay idle, and those that gradient checkpointing

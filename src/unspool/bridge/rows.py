@@ -88,7 +88,9 @@ class RowsRunner:
         """See `Runner`."""
         if self._fed < self._prompt or not self._begun:
             left = max(item.seq.known - item.seq.computed - item.feed for item in work)
-            output = self._feed_prompt(self._prompt - left)
+            # what looks at pictures and sounds may keep what it makes anywhere: see `unseen`
+            with torch.inference_mode(False), torch.no_grad():
+                output = self._feed_prompt(self._prompt - left)
         else:
             output = self._feed_tokens(work)
         if self._record is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Items
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,14 +34,12 @@ class Abilities:
     Attributes:
         shares_prompts: rows with the same prompt need it computed only once.
         traces: attention weights and hidden states come through the loop; otherwise the backend records them.
-        inference_mode: computes in PyTorch's inference mode where the caller does not see its tensors.
         past_is_rectangle: the keys and values of rows that ended go on as long as others, where they are handed back.
         prompt_budget: prompt tokens to compute in one step when the caller names no chunk; `None` takes all.
     """
 
     shares_prompts: bool = True
     traces: bool = True
-    inference_mode: bool = True
     past_is_rectangle: bool = False
     # enough to keep matrix products at full speed and ordinary batches whole, few enough to bound activations
     prompt_budget: int | None = 8192
@@ -115,6 +114,10 @@ class Backend(Protocol):
 
     def dress(self, result: Tensor | GenerateOutput) -> Tensor | GenerateOutput:
         """The result as the caller gets it, with what only the backend knows."""
+        ...
+
+    def unseen(self) -> AbstractContextManager[Any]:
+        """In what the loop computes where the caller sees no tensors but ids: the least that PyTorch must note."""
         ...
 
     def idle(self) -> None:

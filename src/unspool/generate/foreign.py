@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from unspool.bridge.drafts import DraftRows
-from unspool.bridge.module import Foreign
+from unspool.bridge.module import CACHE_NAMES, Foreign
 from unspool.bridge.probe import Verdict, judge
 from unspool.bridge.ragged import RaggedModel, Shape
 from unspool.bridge.rows import Record, RowsRunner
+from unspool.bridge.unseen import unseen
 from unspool.cache import PastKeyValues
 from unspool.config import GenerationConfig, resolve
 from unspool.config.lengths import end_tokens
@@ -259,7 +261,7 @@ _WITH_ENCODER: dict[type, type[GenerateEncoderDecoderOutput] | type[GenerateBeam
 class RowsBackend:
     """See `generate.call.Backend`."""
 
-    abilities = Abilities(shares_prompts=False, traces=False, inference_mode=False, prompt_budget=None)
+    abilities = Abilities(shares_prompts=False, traces=False, prompt_budget=None)
     positions = math.inf
     recompute_past: int | None = None
     windows: Items[int | None] = ()
@@ -284,6 +286,7 @@ class RowsBackend:
         heads, hidden = bool(config.output_attentions), bool(config.output_hidden_states)
         self._record = Record(heads, hidden) if detailed and (heads or hidden) else None
         self._runner: RowsRunner | None = None
+        self._past_is_given = any(inputs.get(name) is not None for name in CACHE_NAMES)
 
     def runner(
         self,
@@ -347,6 +350,10 @@ class RowsBackend:
             "decoder_hidden_states": hidden,
         }
         return kind(**{one.name: values[one.name] for one in fields(kind) if one.name in values})
+
+    def unseen(self) -> AbstractContextManager[Any]:
+        """See `Backend`."""
+        return torch.no_grad() if self._past_is_given else unseen(self.foreign.module)
 
     def idle(self) -> None:
         """See `Backend`."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from unspool.cache import PagedStore, PastKeyValues
@@ -69,6 +72,10 @@ class PagedBackend:
         """See `Backend`."""
         of = {layer: group.window for group in self._decoder.spec.groups for layer in group.layers}
         return [of[layer] for layer in sorted(of)]
+
+    def unseen(self) -> AbstractContextManager[Any]:
+        """See `Backend`."""
+        return torch.inference_mode()
 
     def past(self, rows: list[Sequence], runner: Runner, width: int) -> PastKeyValues | None:
         """See `Backend`."""

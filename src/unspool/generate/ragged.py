@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from unspool.bridge.past import own_cache
 from unspool.bridge.ragged import RaggedModel
+from unspool.bridge.unseen import unseen
 from unspool.config import GenerationConfig
 from unspool.decode.runner import PagedRunner
 from unspool.decode.sequence import Sequence
@@ -30,7 +32,7 @@ class RaggedBackend(PagedBackend):
         config, prompts: of the call.
     """
 
-    abilities = Abilities(inference_mode=False, past_is_rectangle=True)
+    abilities = Abilities(past_is_rectangle=True)
 
     def __init__(self, model: RaggedModel, rows: Backend, config: GenerationConfig, prompts: Prompts) -> None:
         super().__init__(model)
@@ -58,6 +60,10 @@ class RaggedBackend(PagedBackend):
         made = own_cache(self._model.foreign, self._model.layers, runner.store, rows[: len(mask)], mask)
         values = {one.name: getattr(result, one.name) for one in fields(result)}
         return type(result)(**{**values, "past_key_values": made})
+
+    def unseen(self) -> AbstractContextManager[Any]:
+        """See `Backend`."""
+        return unseen(self._model.foreign.module)
 
     def idle(self) -> None:
         """See `Backend`."""

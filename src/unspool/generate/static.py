@@ -67,9 +67,9 @@ def run(call: Call) -> Tensor | GenerateOutput:
 
 
 def _mode(call: Call) -> AbstractContextManager[Any]:
-    """Inference mode, unless its tensors would reach the caller, who may want to compute with them."""
-    seen = call.synced or call.every_row or call.detailed or call.foreign or not call.backend.abilities.inference_mode
-    return torch.no_grad() if seen else torch.inference_mode()
+    """Without gradients; in inference mode, unless its tensors would reach the caller, who may compute with them."""
+    seen = call.synced or call.every_row or call.detailed or call.foreign
+    return torch.no_grad() if seen else call.backend.unseen()
 
 
 def _chunk(call: Call, prompts: list[Sequence]) -> int | None:
