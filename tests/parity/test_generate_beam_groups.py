@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import unspool
+from unspool.config import warn_once
 from unspool.errors import NonFiniteLogits
 
 STORED = json.loads((Path(__file__).parent / "fixtures" / "beams_v4.json").read_text())
@@ -212,6 +213,17 @@ def test_streams_give_what_is_agreed_before_the_end(model: Any) -> None:
     generate(model, call, streamer=streamer)
     assert len(streamer.rows[0]) == 40
     assert len(streamer.sizes) > 4
+
+
+@pytest.mark.parametrize(("words", "tokens", "met"), [([[40, 41, 42]], 2, False), ([[40, 41, 42]], 6, True)])
+def test_words_that_do_not_fit_are_told(
+    model: Any, words: list[Any], tokens: int, met: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    call = {"prompts": PROMPTS[:1], "num_beams": 4, "force_words_ids": words, "max_new_tokens": tokens}
+    made = generate(model, call)[0, len(PROMPTS[0]) :].tolist()
+    assert (made[-3:] == words[0] or str(words[0])[1:-1] in str(made)) == met
+    assert ("force_words_ids were not met" in caplog.text) != met
 
 
 def test_the_prompt_is_stored_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

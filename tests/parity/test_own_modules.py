@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from families import make_model
 from shells import Cached, Masked, Plain, Shell, Tuples
 from torch import Tensor, nn
@@ -34,6 +35,24 @@ class Hooked(Shell):
         return {"tokens": input_ids[:, seen:], "mask": attention_mask, "cache": past_key_values}
 
 
+class Past(NamedTuple):
+    layers: Any
+
+
+class Named(Shell):
+    """Keeps its past in a named tuple, and adds to the logits what it is told beside the ids."""
+
+    def forward(
+        self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False, told: Any = None
+    ) -> dict[str, Any]:
+        own = None if past_key_values is None else past_key_values.layers
+        past = unspool.DynamicCache.from_legacy_cache(own)
+        logits = self.inner(input_ids, past_key_values=past, use_cache=True).logits
+        if told is not None:
+            logits = logits + told["some"][:, None]
+        return {"logits": logits, "past_key_values": Past(past.to_legacy_cache())}
+
+
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
@@ -54,6 +73,31 @@ def prompts(rows: int = 3) -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     return ids, mask
+
+
+def test_a_past_in_a_named_tuple_and_what_the_caller_passes_in_a_dict(inner: Any) -> None:
+    ids = prompts()[0]
+    told = {"some": torch.randn(3, 97, generator=torch.Generator().manual_seed(4))}
+    calls = [Named(inner).generate(ids, told=told, num_beams=3, max_new_tokens=6) for _ in range(2)]
+    assert told["some"].shape == (3, 97), "it is the caller's"
+    assert calls[0].tolist() == calls[1].tolist()
+    alone = Named(inner).generate(ids[1:2], told={"some": told["some"][1:2]}, num_beams=3, max_new_tokens=6)
+    assert alone[0].tolist() == calls[0][1].tolist()
+    plain = Named(inner).generate(ids, num_beams=3, max_new_tokens=6)
+    assert plain.tolist() == inner.generate(ids, num_beams=3, max_new_tokens=6).tolist()
+
+
+def test_what_an_encoder_gave_can_be_passed_to_several_calls() -> None:
+    module = next(one for one in ARCHITECTURES if one.model_type == "t5").make()
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    encoded = module.get_encoder()(ids, return_dict=True)
+    shape = encoded.last_hidden_state.shape
+    kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "num_beams": 3, "max_new_tokens": 5}
+    expected = unspool.wrap(module).generate(ids, **kwargs)
+    for _ in range(2):
+        made = unspool.wrap(module).generate(encoder_outputs=encoded, **kwargs)
+        assert made.tolist() == expected.tolist()
+        assert encoded.last_hidden_state.shape == shape
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -21,6 +21,7 @@ from accounts import check_all_given_back
 import unspool
 from unspool import (
     ContinuousBatchingConfig,
+    FIFOScheduler,
     GenerationConfig,
     GenerationOutput,
     LogitsProcessor,
@@ -356,9 +357,17 @@ class Broken(Scheduler):
         raise ZeroDivisionError("broken on purpose")
 
 
+class Refusing(FIFOScheduler):
+    def add_waiting_request(self, state: RequestState) -> None:
+        raise ZeroDivisionError("broken on purpose")
+
+
 @pytest.mark.parametrize("threaded", [True, False])
-def test_a_scheduler_that_raises_ends_the_manager_and_everybody_is_told(model: Any, threaded: bool) -> None:
-    register_scheduler("broken", Broken)
+@pytest.mark.parametrize("kind", [Broken, Refusing])
+def test_a_scheduler_that_raises_ends_the_manager_and_everybody_is_told(
+    model: Any, kind: type[Scheduler], threaded: bool
+) -> None:
+    register_scheduler("broken", kind)
     manager = make(model, scheduler_type="broken")
     names = manager.add_requests(PROMPTS)
     if threaded:

@@ -477,6 +477,33 @@ def test_a_fault_of_the_callers_says_in_which_step(model: Any, way: str) -> None
     assert model.generate(IDS, **kwargs).tolist() == before
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_the_model_says_in_which_step(model: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, calls = type(model).body, iter(range(100))
+
+    def fail(self: Any, batch: Any) -> Any:
+        if next(calls) == 2:
+            raise Refusal("the third time")
+        return inner(self, batch)
+
+    monkeypatch.setattr(type(model), "body", fail)
+    monkeypatch.setattr(type(model), "go_on", lambda *args: None)  # so that drafts go through there too
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **WAYS[way]}
+    with pytest.raises(Refusal, match="the third time") as caught:
+        model.generate(IDS, **kwargs)
+    assert [note for note in caught.value.__notes__ if note.startswith("raised in step")]
+
+
+def test_processors_and_criteria_may_come_from_an_iterator(model: Any) -> None:
+    def ban(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.tensor([free]), float("-inf"))
+
+    free = int(model.generate(IDS, max_new_tokens=1)[0, -1])
+    assert int(model.generate(IDS, max_new_tokens=1, logits_processor=(one for one in [ban]))[0, -1]) != free
+    stopped = model.generate(IDS, max_new_tokens=9, stopping_criteria=(one for one in [lambda ids, scores: True]))
+    assert stopped.shape[1] == IDS.shape[1] + 1
+
+
 def _stores() -> int:
     gc.collect()
     return sum(type(one).__name__ == "PagedStore" for one in gc.get_objects())

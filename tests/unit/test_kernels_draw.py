@@ -184,6 +184,25 @@ def test_threads_draw_different_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_who_draws_elsewhere_meanwhile_gets_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between our reading of torch's generator and our writing, another thread may have drawn from it."""
+    probs = torch.full((1, 60_000), 1 / 60_000)
+    real, meanwhile = draws._functions(), [True, False]
+
+    def disturbed(*args: Any) -> Any:
+        if meanwhile.pop(0):
+            torch.rand(5)
+        return real[0](*args)
+
+    torch.manual_seed(0)
+    torch.rand(5)
+    expected, state = int(draw(probs)), torch.get_rng_state()
+    monkeypatch.setattr(draws, "_functions", lambda: (disturbed, real[1]))
+    torch.manual_seed(0)
+    assert int(draw(probs)) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_noise_of_rows() -> None:
     """What draws for rows gives what their noise does: rows that ended, and drafts."""
     rows = [Sequence(number, [1] * (3 + number)) for number in (0, 2, 3)]

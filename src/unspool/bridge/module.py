@@ -32,7 +32,7 @@ from unspool.config.fields import FIELDS
 from unspool.config.unknown import ARGUMENTS, no_use_for
 from unspool.errors import Unsupported
 
-__all__ = ["CACHE_NAMES", "Foreign"]
+__all__ = ["CACHE_NAMES", "Foreign", "like"]
 
 # Under these names modules take and give their past.
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -502,5 +502,11 @@ def _select(past: Any, index: Tensor) -> Any:
     if isinstance(past, dict):
         return {name: _select(value, index) for name, value in past.items()}
     if isinstance(past, list | tuple):
-        return type(past)(_select(value, index) for value in past)
+        return like(past, [_select(value, index) for value in past])
     return past
+
+
+def like(container: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
+    """A container of the same kind with other items: a list, a tuple, or a named one."""
+    kind: Any = type(container)
+    return kind(*items) if hasattr(container, "_fields") else kind(items)

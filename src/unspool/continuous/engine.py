@@ -95,15 +95,14 @@ class Engine:
 
     def take_in(self, states: Items[RequestState]) -> None:
         """Let requests wait for their turn."""
+        for state in states:  # all of them before anything can go wrong with one, since all must be answered
+            self.live |= {one.request_id: one for one in (state, *state.children)}
         for state in states:
-            self.live[state.request_id] = state
             wishes = state.wishes
             if wishes.deadline is not None:
                 heappush(self._deadlines, (wishes.deadline, state.request_id))
             if wishes.streaming or wishes.streamer is not None:
                 self._sent[state] = 0
-            for child in state.children:
-                self.live[child.request_id] = child
             if wishes.streamer is not None:
                 self._stream(state, [wishes.prompt])
             if state.finish_reason is not None:  # the streamer raised, or it was cancelled before

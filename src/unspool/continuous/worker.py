@@ -147,9 +147,6 @@ class Worker:
             self.check_open()
         try:
             return self._step()
-        except Exception as error:
-            self._die(error)
-            raise
         except BaseException as error:
             self._die(error)
             raise

@@ -91,7 +91,11 @@ class Loop:
         for items in parts:
             if items[0].group.watch is not None:
                 want |= items[0].group.watch.want
-        output = self.runner.run(work, want)
+        try:
+            output = self.runner.run(work, want)
+        except Exception as error:
+            self._note(error)
+            raise
         for item in work:
             item.seq.computed += item.feed
         flights: list[Flight] = []
@@ -185,10 +189,13 @@ class Loop:
                 row.draft = []
 
     def _blame(self, group: Group, error: Exception) -> None:
-        error.add_note(f"raised in step {self._steps} of decoding")
+        self._note(error)
         if self._failed is None:
             raise error
         self._failed(group, error)
+
+    def _note(self, error: Exception) -> None:
+        error.add_note(f"raised in step {self._steps} of decoding")
 
 
 def _by_group(work: list[Work]) -> list[list[Work]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unspool.bridge.drafts import DraftRows
-from unspool.bridge.module import CACHE_NAMES, Foreign
+from unspool.bridge.module import CACHE_NAMES, Foreign, like
 from unspool.bridge.probe import Verdict, judge
 from unspool.bridge.ragged import RaggedModel, Shape
 from unspool.bridge.rows import Record, RowsRunner
@@ -244,6 +245,8 @@ class ForeignSource:
             return ids, inputs
         hook = self.foreign.hook("_expand_inputs_for_generation")
         if hook is not None:
+            # the hook writes into dicts, and outputs of an encoder, which may be the caller's
+            inputs = {name: copy(value) if isinstance(value, dict) else value for name, value in inputs.items()}
             given = {"expand_size": copies, "is_encoder_decoder": self.foreign.encoder_decoder, "input_ids": ids}
             rows, inputs = hook(**given, **inputs)
             return rows, inputs
@@ -406,8 +409,9 @@ def _repeated(value: Any, rows: int, times: int) -> Any:
     if isinstance(value, Tensor):
         return value.repeat_interleave(times, dim=0) if value.ndim and value.shape[0] == rows else value
     if isinstance(value, dict):
+        value = copy(value)
         for name in value:
             value[name] = _repeated(value[name], rows, times)
     if isinstance(value, list | tuple):
-        return type(value)(_repeated(one, rows, times) for one in value)
+        return like(value, [_repeated(one, rows, times) for one in value])
     return value

@@ -34,8 +34,8 @@ class Given:
     negative_mask: Tensor | None
 
     def __post_init__(self) -> None:
-        _check_list("logits_processor", self.logits_processor, "processor(input_ids, scores)")
-        _check_list("stopping_criteria", self.stopping_criteria, "criterion(input_ids, scores)")
+        self.logits_processor = _listed("logits_processor", self.logits_processor, "processor(input_ids, scores)")
+        self.stopping_criteria = _listed("stopping_criteria", self.stopping_criteria, "criterion(input_ids, scores)")
         function = self.prefix_allowed_tokens_fn
         if function is not None and not callable(function):
             raise TypeError(
@@ -48,16 +48,19 @@ class Given:
             raise TypeError(f"streamer must have the methods put(tokens) and end(), which {streamer!r} has not{hint}")
 
 
-def _check_list(name: str, value: Any, kind: str) -> None:
+def _listed(name: str, value: Any, kind: str) -> list[Any] | None:
+    """Callables as a list, whatever they come in: an iterator gives them only once."""
     if value is None:
-        return
+        return None
     if not isinstance(value, Iterable):
         hint = f"; pass {name}=[...] with it inside" if callable(value) else ""
         raise TypeError(f"{name} must be a list of callables {kind}, not {value!r}{hint}")
-    wrong = next((one for one in value if not callable(one) or isinstance(one, type)), None)
+    every = list(value)
+    wrong = next((one for one in every if not callable(one) or isinstance(one, type)), None)
     if wrong is not None:
         hint = "; make an object of it" if isinstance(wrong, type) else ""
         raise TypeError(f"{name} holds {wrong!r}, which cannot be called as {kind}{hint}")
+    return every
 
 
 _MAKES: dict[str, tuple[str, ...]] = {

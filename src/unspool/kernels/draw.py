@@ -114,11 +114,14 @@ def _draw(
             table[place] = i
     pointers = probs.data_ptr(), vocab, table, rows, tokens.data_ptr(), ratios.data_ptr()
     with _reading:  # so that no two of our threads draw the same numbers
-        state = generator.get_state()
-        if _functions()[0](state.data_ptr(), *pointers):
-            return None, ratios
-        generator.set_state(state)
-    return tokens, ratios
+        while True:
+            state = generator.get_state()
+            before = state.clone()
+            if _functions()[0](state.data_ptr(), *pointers):
+                return None, ratios
+            if torch.equal(generator.get_state(), before):  # else somebody else has drawn them meanwhile
+                generator.set_state(state)
+                return tokens, ratios
 
 
 def _draw_seeded(probs: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unspool.config import warn_once
 from unspool.decode.choose.beam import BeamRules, Ends, Hypotheses
 from unspool.decode.choose.constraints import Pick, Progress
 from unspool.decode.sequence import Choice, Sequence
@@ -37,12 +38,14 @@ class Output(NamedTuple):
         end: its newest token.
         steps: tokens it has.
         closed: it ended with an end token.
+        complete: it fulfils every constraint, if there are any.
     """
 
     score: float
     end: Link | None
     steps: int
     closed: bool
+    complete: bool
 
     def unwound(self, begin: int = 0) -> list[Link]:
         """Its tokens from step `begin` on."""
@@ -68,12 +71,12 @@ class Contest:
         self._size = size
         self._worst = 1e9
 
-    def add(self, total: float, steps: int, end: Link | None, *, closed: bool) -> None:
+    def add(self, total: float, steps: int, end: Link | None, *, closed: bool, complete: bool = True) -> None:
         """Let an output compete; `total` is the sum of its log probabilities."""
         score = total / steps**self._rules.length_penalty
         if len(self.outputs) == self._size and not score > self._worst:
             return
-        self.outputs.append(Output(score, end, steps, closed))
+        self.outputs.append(Output(score, end, steps, closed, complete))
         if len(self.outputs) > self._size:
             ranks = sorted((output.score, place) for place, output in enumerate(self.outputs))
             del self.outputs[ranks[0][1]]
@@ -183,6 +186,11 @@ class GroupBeamChooser:
         Those that were not closed get a closing token (of no row, -1) if there is room and there are end tokens.
         """
         chosen = [self._ranked(prompt)[:number] for prompt in range(len(self._contests))]
+        if not all(output.complete for mine in chosen for output in mine):
+            warn_once(
+                "constraints or force_words_ids were not met by every output: the words need more tokens than "
+                "max_new_tokens left, or were hardly possible; raise max_new_tokens or num_beams"
+            )
         tokens, origins, closed = [], [], []
         for output in (output for mine in chosen for output in mine):
             links = output.unwound()
@@ -331,13 +339,14 @@ class GroupBeamChooser:
         for group, contest in enumerate(self._contests[prompt]):
             if contest.over:
                 continue
-            beams = list(range(group * self._size, (group + 1) * self._size))
+            beams = complete = list(range(group * self._size, (group + 1) * self._size))
             if self._progress is not None:
                 complete = [beam for beam in beams if self._progress.complete(prompt, beam)]
                 enough = len(complete) >= self._number
                 beams = complete if enough else complete + [beam for beam in beams if beam not in complete]
             for beam in beams:
-                contest.add(totals[beam], self._steps, self._heads[prompt][beam], closed=False)
+                head = self._heads[prompt][beam]
+                contest.add(totals[beam], self._steps, head, closed=False, complete=beam in complete)
 
     def _ranked(self, prompt: int) -> list[Output]:
         """A prompt's finished outputs, best first; of equals, the one that came last."""
