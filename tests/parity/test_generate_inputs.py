@@ -39,7 +39,6 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*sees new tokens only")
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_embeddings_give_the_text_of_their_tokens(pair: Pair, way: dict[str, Any]) -> None:
     table = pair[1].get_input_embeddings().weight.detach()

@@ -18,7 +18,7 @@ from unspool.kernels import best as bests, draw as draws, native
 from unspool.kernels.best import best, keep_best
 from unspool.kernels.draw import draw, draw_seeded
 from unspool.logits import ops
-from unspool.logits.fused import top_k_top_p
+from unspool.logits.fused import top_k_top_p, top_p
 
 pytestmark = pytest.mark.skipif(not native.active(), reason=native.describe())
 
@@ -232,6 +232,7 @@ WAYS: list[dict[str, Any]] = [
     {},
     {"top_k": 40, "temperature": 0.8, "num_return_sequences": 2},
     {"top_k": 50, "top_p": 0.9, "seed": 5},
+    {"top_k": 0, "top_p": 0.8},
     {"prompt_lookup_num_tokens": 3},
     {"assistant": True},
     {"assistant": True, "seed": 5},
@@ -324,8 +325,64 @@ def test_filters_of_scores_that_are_not_finite(odd: list[float]) -> None:
     for filler in (-torch.inf, -7.0):
         found = ops.top_k(scores, 20, filter_value=filler)
         assert torch.equal(bits(found), bits(top_k(scores, 20, filler)))
+    wide = torch.cat([scores, scores, scores], dim=-1)
+    assert torch.equal(bits(top_p(wide, 0.9)), bits(ops.top_p(wide, 0.9)))
     both = top_k_top_p(scores, 20, 0.9)
     assert torch.equal(bits(both), bits(ops.top_p(top_k(scores, 20, -torch.inf), 0.9)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=seeds,
+    rows=st.integers(1, 3),
+    width=st.sampled_from([8192, 9001]),
+    sharpness=st.sampled_from([0.0, 1.0, 3.0, 6.0, 30.0]),
+    levels=st.sampled_from([0, 1, 4]),
+    masked=st.sampled_from([0.0, 0.5, 0.9999]),
+    p=st.floats(0, 1) | st.sampled_from([0.5, 0.9, 0.99, 1.0]),
+    min_keep=st.sampled_from([1, 3, 50]),
+    column=st.booleans(),
+)
+def test_a_nucleus_without_sorting(
+    seed: int,
+    rows: int,
+    width: int,
+    sharpness: float,
+    levels: int,
+    masked: float,
+    p: float,
+    min_keep: int,
+    column: bool,
+) -> None:
+    scores = normal(seed, rows, width) * sharpness
+    if levels:
+        scores = (scores * levels).round() / levels
+    scores[torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < masked] = -torch.inf
+    limit: Any = torch.tensor([p, 0.7, 1.1][:rows], dtype=torch.float64) if column else p
+    for filler in (-torch.inf, -5.0):
+        found = top_p(scores, limit, filter_value=filler, min_keep=min_keep)
+        assert torch.equal(bits(found), bits(ops.top_p(scores, limit, filter_value=filler, min_keep=min_keep)))
+
+
+@pytest.mark.parametrize("share", [2.0**-10, 2.0**-12, 2.0**-13])
+def test_a_nucleus_that_ends_between_tokens_for_all_that_rounding_says(share: float) -> None:
+    """Tokens of one probability, so that sums meet the limit exactly, or nearly."""
+    count = int(1 / share)
+    scores = torch.full((1, 16384), -torch.inf)
+    scores[0, torch.randperm(16384, generator=torch.Generator().manual_seed(1))[:count]] = torch.linspace(
+        0, 1e-6, count
+    )
+    for tokens in (1, 7, 500, 900):
+        for off in (-1e-7, 0.0, 1e-7, share / 2):
+            p = tokens * share + off
+            assert torch.equal(bits(top_p(scores, p)), bits(ops.top_p(scores, p)))
+
+
+def test_a_usual_nucleus_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = normal(3, 4, 49152) * 6
+    expected = ops.top_p(scores, 0.9)
+    monkeypatch.setattr(ops, "top_p", None)
+    assert torch.equal(bits(top_p(scores, 0.9)), bits(expected))
 
 
 def test_which_scores_are_pytorchs() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unspool.logits import ops
 from unspool.logits.base import ProcessorLike
-from unspool.logits.fused import top_k_top_p
+from unspool.logits.fused import top_k_top_p, top_p
 from unspool.logits.length import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 from unspool.logits.ngram import NoRepeatNGramLogitsProcessor
 from unspool.logits.penalties import RepetitionPenaltyLogitsProcessor
@@ -112,7 +112,7 @@ def run_column(
     if kind == "temperature":
         return ops.temperature(scores, number)
     if kind == "top_p":
-        return ops.top_p(scores, number)
+        return top_p(scores, number)
     if kind == "min_p":
         return ops.min_p(scores, number)
     if kind == "normalize":

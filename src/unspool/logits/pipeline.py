@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from unspool.config.notice import warn_once
 from unspool.config.structured import STRUCTURES
 from unspool.errors import Unsupported
 from unspool.logits.base import LogitsProcessorList, ProcessorLike
@@ -302,11 +302,9 @@ def _same_kind(candidate: object, processor: object) -> bool:
 
 
 def _warn_no_source(name: str) -> None:
-    warnings.warn(f"`{name}` needs the tokens of an encoder's input, and there are none; it is ignored.", stacklevel=4)
+    warn_once(f"`{name}` needs the tokens of an encoder's input, and there are none; it is ignored.")
 
 
 def _warn_no_prompt(name: str, prompt_length: int) -> None:
     if prompt_length == 0:
-        warnings.warn(
-            f"`{name}` sees new tokens only: the prompt was given as embeddings, without `input_ids`.", stacklevel=4
-        )
+        warn_once(f"`{name}` sees new tokens only: the prompt was given as embeddings, without `input_ids`.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unspool.logits import ops
 from unspool.logits.base import LogitsProcessor, check_count, check_positive
-from unspool.logits.fused import top_k_top_p
+from unspool.logits.fused import top_k_top_p, top_p
 from unspool.logits.ops import NEG_INF
 
 
@@ -71,7 +71,7 @@ class TopPLogitsWarper(_Warper):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores with everything outside the nucleus replaced by `filter_value`."""
-        return ops.top_p(scores, self.top_p, filter_value=self.filter_value, min_keep=self.min_tokens_to_keep)
+        return top_p(scores, self.top_p, filter_value=self.filter_value, min_keep=self.min_tokens_to_keep)
 
 
 class TopKTopPLogitsWarper(_Warper):
