@@ -7,6 +7,7 @@ import gc
 import pickle
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from faults import Refusal, faults
 import unspool
 from unspool.cache import PagedStore
 from unspool.config.notice import warn_once
+from unspool.logits import ops
 
 Case = tuple[dict[str, Any], type[Exception], str]
 
@@ -502,6 +504,59 @@ def test_processors_and_criteria_may_come_from_an_iterator(model: Any) -> None:
     assert int(model.generate(IDS, max_new_tokens=1, logits_processor=(one for one in [ban]))[0, -1]) != free
     stopped = model.generate(IDS, max_new_tokens=9, stopping_criteria=(one for one in [lambda ids, scores: True]))
     assert stopped.shape[1] == IDS.shape[1] + 1
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def another_default_dtype(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """What sets torch's default dtype, which is as it was afterwards."""
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "seed"])
+def test_torchs_default_dtype_changes_nothing(model: Any, way: str, another_default_dtype: Any) -> None:
+    more = {"do_sample": True, "seed": 3} if way == "seed" else WAYS[way]
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **more}
+    kwargs |= {"return_dict_in_generate": True, "output_scores": True, "output_top_logprobs": 2}
+    told = []
+    for prepare in (lambda: None, another_default_dtype):
+        prepare()
+        torch.manual_seed(0)
+        out = model.generate(IDS, **kwargs)
+        told.append(out)
+    ours, theirs = told
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    for name in ("sequences_scores", "token_logprobs"):
+        if getattr(ours, name, None) is not None:
+            assert getattr(theirs, name).dtype == torch.float32
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantize": one} for one in ("int8", "int4", "nf4")] + [{"adapter": True}], ids=str
+)
+def test_torchs_default_dtype_changes_nothing_of_what_is_loaded(
+    options: dict[str, Any], another_default_dtype: Any
+) -> None:
+    told = []
+    for prepare in (lambda: None, another_default_dtype):
+        prepare()
+        model, _ = unspool.load("storyteller", quantize=options.get("quantize"))
+        if "adapter" in options:
+            model.load_adapter("storyteller-pirate")
+        told.append(model.generate(IDS, max_new_tokens=6, do_sample=False).tolist())
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_torchs_default_dtype_and_how_sure_a_draft_is(rows: int, another_default_dtype: Any) -> None:
+    scores = torch.randn(rows, 1000, generator=torch.Generator().manual_seed(1))
+    tokens = ops.greatest(scores)
+    expected = ops.sureness(scores, tokens)
+    another_default_dtype()
+    with torch.no_grad():
+        assert ops.sureness(scores, tokens) == pytest.approx(expected)
 
 
 def _stores() -> int:

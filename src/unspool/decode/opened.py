@@ -146,7 +146,7 @@ class OpenedRunner:
         self._width = next((one.shape[1] for one in found.values()), self._width)
         if error is not None and self._width is None:
             raise error
-        lost = torch.full((1, self._width or 0), float("nan"), device=self._model.device)
+        lost = torch.full((1, self._width or 0), float("nan"), dtype=torch.float32, device=self._model.device)
         parts = [found.get(item.seq, lost) for item in kept]
         return Output(torch.cat(parts) if parts else lost[:0], [], [])
 

@@ -77,12 +77,12 @@ class Tops:
     def of_beams(self, tokens: Tensor, origins: Tensor) -> tuple[TopLogprobs, Tensor]:
         """Of outputs `[outputs, new]` whose tokens were chosen for the rows `origins`; see `result`."""
         rows: list[list[tuple[Tensor, Tensor]]] = []
-        chosen = torch.zeros(tokens.shape, device=tokens.device)
+        chosen = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
         for output, (mine, beams) in enumerate(zip(tokens.tolist(), origins.tolist(), strict=True)):
             length = sum(beam >= 0 for beam in beams)
             rows.append([self._steps[beam][step] for step, beam in enumerate(beams[:length])])
             known = (self._looked_at[i].get((beams[i], mine[i]), float("nan")) for i in range(length))
-            chosen[output, :length] = torch.tensor(list(known), device=tokens.device)
+            chosen[output, :length] = chosen.new_tensor(list(known))
         return self._stacked(rows, tokens.shape[1]), chosen
 
     def _stacked(self, rows: Iterable[list[tuple[Tensor, Tensor]]], width: int) -> TopLogprobs:

@@ -259,7 +259,9 @@ def _allowed(call: Call, columns: Columns) -> Callable[[Sequence, list[int]], in
     def allowed(row: Sequence, draft: list[int]) -> int:
         for i, token in enumerate(draft):
             row.draft = draft[:i]
-            scores = call.processors(columns.ids(row)[None], torch.ones(1, vocab, device=call.backend.device))
+            scores = call.processors(
+                columns.ids(row)[None], torch.ones(1, vocab, dtype=torch.float32, device=call.backend.device)
+            )
             row.draft = []
             value = float(scores[0, token])
             if value == float("-inf") or value == torch.finfo(scores.dtype).min:

@@ -116,8 +116,8 @@ def greatest(x: Tensor, shares: bool = False) -> tuple[Tensor, Tensor | None] | 
     if not (size and x.dim() == 2 and x.is_contiguous() and x.numel()):
         return None
     rows, width = x.shape
-    places = torch.empty(rows, dtype=torch.int64)
-    share = torch.empty(rows) if shares else None
+    places = torch.empty(rows, dtype=torch.int64, device="cpu")
+    share = torch.empty(rows, dtype=torch.float32, device="cpu") if shares else None
     address = None if share is None else share.data_ptr()
     _greatest(size, x.data_ptr(), rows, width, places.data_ptr(), address, torch.get_num_threads())
     return places, share

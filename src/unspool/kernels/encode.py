@@ -43,7 +43,7 @@ def encode(rows: Tensor, group: int, bits: int, bounds: Tensor | None, order: Te
         raise ValueError(f"{rows.dtype} rows of {inputs} cannot be quantised to {bits} bits in groups of {group} here")
     rows = rows.contiguous()
     codes = torch.empty(count, inputs, dtype=torch.uint8, device="cpu")
-    scales = torch.empty(count, -(-inputs // group), device="cpu")
+    scales = torch.empty(count, -(-inputs // group), dtype=torch.float32, device="cpu")
     kind = 0 if bits == 8 else 1 if bounds is None or order is None else 2
     bounds = None if bounds is None else bounds.float().cpu().contiguous()
     order = None if order is None else order.to("cpu", torch.uint8).contiguous()

@@ -94,7 +94,7 @@ class PackedCodes:
         width = self.groups * step
         with torch.inference_mode(False):
             self._lines = reserve(padded * width // (2 if nibbles else 1))
-            self._units = torch.zeros(padded, device="cpu")
+            self._units = torch.zeros(padded, dtype=torch.float32, device="cpu")
             shape = (padded // _LANES, self.groups, _LANES)
             self._scales = torch.zeros(shape, dtype=torch.float16, device="cpu") if nibbles else None
             self._offsets = torch.zeros(shape, dtype=torch.float16, device="cpu") if offsets else None

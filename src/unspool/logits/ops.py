@@ -146,7 +146,9 @@ def eta_cutoff(scores: Tensor, epsilon: Parameter, *, filter_value: float = NEG_
 
     Source: Hewitt et al., https://arxiv.org/abs/2210.15191.
     """
-    floor = epsilon if isinstance(epsilon, Tensor) else torch.full((), epsilon, device=scores.device)
+    floor = (
+        epsilon if isinstance(epsilon, Tensor) else torch.full((), epsilon, dtype=torch.float32, device=scores.device)
+    )
     floor = floor.to(torch.float32)
     entropy, _ = _entropy(scores)
     cutoff = torch.min(floor, torch.sqrt(floor) * torch.exp(-entropy)).unsqueeze(-1)

@@ -270,8 +270,8 @@ def _join(layer: Linear, lows: Iterable[tuple[_Part, _Low]], model: Model) -> De
     """What the modules' matrices come to for the layer that they are parts of."""
     lows = list(lows)
     outputs = layer.weight.shape[0]
-    up = torch.zeros(sum(low.down.shape[0] for _, low in lows), outputs)
-    gain = torch.ones(outputs) if any(low.magnitude is not None for _, low in lows) else None
+    up = torch.zeros(sum(low.down.shape[0] for _, low in lows), outputs, dtype=torch.float32)
+    gain = torch.ones(outputs, dtype=torch.float32) if any(low.magnitude is not None for _, low in lows) else None
     plain = None if gain is None else layer.plain.float().cpu()
     at = 0
     for part, low in lows:
@@ -285,7 +285,7 @@ def _join(layer: Linear, lows: Iterable[tuple[_Part, _Low]], model: Model) -> De
     if gain is not None:
         up *= gain
         # DoRA scales the product and not the bias
-        shift = torch.zeros(outputs) if layer.bias is None else layer.bias.detach().float().cpu() * (1 - gain)
+        shift = torch.zeros_like(gain) if layer.bias is None else layer.bias.detach().float().cpu() * (1 - gain)
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(model.device, model.dtype)

@@ -157,7 +157,7 @@ class BeamChooser:
         nothing = Hypotheses(
             torch.empty(number, beams, 0, dtype=torch.int64, device=device),
             torch.empty(number, beams, 0, dtype=torch.int32, device=device),
-            torch.full((number, beams), _FAR, device=device),
+            torch.full((number, beams), _FAR, dtype=torch.float32, device=device),
             torch.zeros(number, beams, dtype=torch.bool, device=device),
         )
         # All rows of a prompt begin alike: the first alone counts, lest the same continuations be taken several times.

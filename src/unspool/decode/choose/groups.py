@@ -152,7 +152,7 @@ class GroupBeamChooser:
         self._full = ends.columns - prompts.shape[1]
         self._ids = prompts if process or ends.criteria else None
         # All rows of a group begin alike: the first alone counts, lest the same continuations be taken several times.
-        self._totals = torch.full((count, rules.beams), _FAR, device=prompts.device)
+        self._totals = torch.full((count, rules.beams), _FAR, dtype=torch.float32, device=prompts.device)
         self._totals[:, :: self._size] = 0.0
 
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
@@ -165,7 +165,7 @@ class GroupBeamChooser:
         tokens = torch.tensor([pick.token for mine in picks for pick in mine], device=logits.device)
         places = [place * beams + pick.beam for place, mine in enumerate(picks) for pick in mine]
         parents = torch.tensor(places, device=logits.device)
-        self._totals = torch.tensor([[pick.score for pick in mine] for mine in picks], device=logits.device)
+        self._totals = self._totals.new_tensor([[pick.score for pick in mine] for mine in picks])
         self._follow(picks)
         if self._ids is not None:
             self._ids = torch.cat([self._ids[parents], tokens[:, None]], dim=1)
@@ -205,7 +205,7 @@ class GroupBeamChooser:
         return Hypotheses(
             torch.tensor(filled, device=device).view(shape),
             torch.tensor(traced, dtype=torch.int32, device=device).view(shape),
-            torch.tensor([[output.score for output in mine] for mine in chosen], device=device),
+            self._totals.new_tensor([[output.score for output in mine] for mine in chosen]),
             torch.ones(shape[:2], dtype=torch.bool, device=device),
             torch.tensor(closed, device=device).view(shape[:2]),
         )

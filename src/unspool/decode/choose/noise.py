@@ -24,7 +24,7 @@ class GlobalNoise:
 
     def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
         """Exponential noise `[len(rows), vocab]`."""
-        noise = torch.empty(self._rows, vocab, device=self._device).exponential_(1)
+        noise = torch.empty(self._rows, vocab, dtype=torch.float32, device=self._device).exponential_(1)
         if len(rows) == self._rows:
             return noise
         return noise[torch.tensor([row.row for row in rows], device=self._device)]
@@ -57,7 +57,7 @@ class SeededNoise:
 
     def __call__(self, rows: Items[Sequence], vocab: int) -> Tensor:
         """Exponential noise `[len(rows), vocab]`."""
-        noise = torch.empty(len(rows), vocab, device=self._generator.device)
+        noise = torch.empty(len(rows), vocab, dtype=torch.float32, device=self._generator.device)
         for row, out in zip(rows, noise, strict=True):
             out.exponential_(1, generator=self._generator.manual_seed(self._key(row, row.known)))
         return noise

@@ -152,7 +152,7 @@ class SharedWords:
 
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
         """See `Chooser`."""
-        wide = torch.full((logits.shape[0], self._vocab), float("-inf"), device=logits.device)
+        wide = torch.full((logits.shape[0], self._vocab), float("-inf"), dtype=torch.float32, device=logits.device)
         wide[:, self._places] = logits[:, self._from].float()
         return self._chooser.choose(wide, [self._shadows[row.row] for row in rows])
 

@@ -93,7 +93,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
         """
         octets = bits.view(torch.uint8)
         if self._room is None or len(self._room) < octets.numel():
-            self._room = torch.empty(octets.numel(), 8, device=bits.device)
+            self._room = torch.empty(octets.numel(), 8, dtype=torch.float32, device=bits.device)
         room = self._room[: octets.numel()]
         torch.index_select(_table(bits.device), 0, octets.flatten().int(), out=room)
         return room.view(len(bits), -1)
@@ -117,4 +117,4 @@ def _table(device: torch.device) -> Tensor:
     """`[256, 8]`: for each byte, inf where a bit, the lowest first, is set, and -inf where it is not."""
     with torch.inference_mode(False):  # it outlives the call
         bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-        return torch.where(bits == 1, -NEG_INF, NEG_INF).to(device)
+        return torch.where(bits == 1, -NEG_INF, NEG_INF).to(device, torch.float32)

@@ -64,7 +64,7 @@ class Code:
 
 
 def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(torch.tensor(values).bfloat16().tolist())
+    return tuple(torch.tensor(values, dtype=torch.float32).bfloat16().tolist())
 
 
 INT8 = Code("int8", None)
@@ -93,7 +93,7 @@ def dequantise(code: Code, rows: Codes) -> Tensor:
     if code.table is None:
         values = rows.codes.float().sub_(128)
     else:
-        table = torch.tensor(code.table, device=rows.codes.device)
+        table = torch.tensor(code.table, dtype=torch.float32, device=rows.codes.device)
         values = table.index_select(0, rows.codes.reshape(-1).int()).view(count, inputs)
     group = code.group or inputs
     if inputs % group:
@@ -114,7 +114,7 @@ class _PlainCodes:
         with torch.inference_mode(False):
             width = (inputs + 1) // 2 if half else inputs
             self._bytes = torch.zeros(outputs, width, dtype=torch.uint8, device=device)
-            self._scales = torch.zeros(outputs, code.groups(inputs), device=device)
+            self._scales = torch.zeros(outputs, code.groups(inputs), dtype=torch.float32, device=device)
             self._offsets = torch.zeros_like(self._scales) if code.offsets else None
 
     @property
@@ -159,7 +159,7 @@ class QuantisedForm:
         self._packed: PackedCodes | None = None
         self._plain: _PlainCodes | None = None
         if self.device.type == "cpu" and usable() and code.group % 32 == 0:
-            table = None if code.table is None else torch.tensor(code.table)
+            table = None if code.table is None else torch.tensor(code.table, dtype=torch.float32)
             self._packed = PackedCodes(outputs, inputs, table, code.group or inputs, code.offsets)
         else:
             self._plain = _PlainCodes(outputs, inputs, code, self.device)

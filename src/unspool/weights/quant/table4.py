@@ -20,7 +20,7 @@ _TABLES = {"nf4": NF4_TABLE, "fp4": FP4_TABLE}
 
 @cache
 def _bounds(name: str) -> tuple[Tensor, Tensor]:
-    values, order = torch.tensor(_TABLES[name]).sort(stable=True)
+    values, order = torch.tensor(_TABLES[name], dtype=torch.float32).sort(stable=True)
     return (values[1:] + values[:-1]) / 2, order.to(torch.uint8)
 
 
