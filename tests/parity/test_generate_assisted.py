@@ -86,8 +86,30 @@ def test_drafts_of_many_rows_are_shorter_unless_the_call_says_how_long(llama: Fo
     default = model.generate(prompts, **kwargs)
     asked = model.generate(prompts, num_assistant_tokens=7, **kwargs)
     assert default.sequences.tolist() == asked.sequences.tolist()
-    assert len(default.drafts[0][0].tokens) == 3
+    assert len(default.drafts[0][0].tokens) == 1
     assert len(asked.drafts[0][0].tokens) == 7
+
+
+def test_drafts_of_several_rows_are_likely_as_a_whole(llama: Four) -> None:
+    model, draft, _, _ = llama
+    threshold = 2e-3
+    draft.generation_config.assistant_confidence_threshold = threshold
+    prompts = [[5, 9, 11 + row] for row in range(3)]
+    kwargs: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    kwargs |= {"assistant_model": draft, "num_assistant_tokens": 7, "return_dict_in_generate": True}
+    together = model.generate(prompts, **kwargs)
+    lengths = set()
+    for text, drafts in zip(together.sequences.tolist(), together.drafts, strict=True):
+        for known, tokens, _ in drafts:
+            logits = draft(torch.tensor([text[:known] + tokens])).logits[0, known - 1 : -1].float()
+            likely = logits.softmax(dim=-1).gather(1, torch.tensor(tokens)[:, None]).prod()
+            assert float(likely) >= threshold * (1 - 1e-4)
+            lengths.add(len(tokens))
+    assert len(lengths) > 1
+    # of one row, each token alone; all have more than that here
+    alone = model.generate(prompts[:1], **kwargs)
+    assert alone.sequences.tolist() == together.sequences[:1].tolist()
+    assert len(alone.drafts[0][0].tokens) == 7
 
 
 def test_transformers_gives_the_same_text(models: Four) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +22,30 @@ __all__ = ["NativeAttention", "serves"]
 _AHEAD = 4
 
 
+@dataclass(slots=True)
+class _View:
+    """What the kernels know of a store: whether they can read it, and its pools as they were laid out last."""
+
+    readable: bool
+    pools: Pools | None = None
+    layout: int = 0
+
+
+_views: WeakKeyDictionary[PagedStore, _View] = WeakKeyDictionary()
+
+
+def _view(store: PagedStore) -> _View:
+    found = _views.get(store)
+    if found is None:
+        keys = next(iter(store.keys.values()))  # int8 in a quantised store, which they do not read
+        readable = all(fits(keys.dtype, keys.device, group.head_dim, store.block_size) for group in store.groups)
+        found = _views[store] = _View(readable)
+    return found
+
+
 def serves(store: PagedStore) -> bool:
     """Whether the kernels can read `store`; they keep no gradients."""
-    keys = next(iter(store.keys.values()))  # int8 in a quantised store, which they do not read
-    return not torch.is_grad_enabled() and all(
-        fits(keys.dtype, keys.device, group.head_dim, store.block_size) for group in store.groups
-    )
+    return not torch.is_grad_enabled() and _view(store).readable
 
 
 class NativeAttention:
@@ -44,8 +64,6 @@ class NativeAttention:
             Plan(lengths, feeds, [row.blocks[index] for row in rows], store.block_size, group.window, ahead=ahead)
             for index, group in enumerate(store.groups)
         ]
-        self._pools: Pools | None = None
-        self._layout = 0
 
     def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, Span]]) -> bool:
         """Make it the attention of the next step, in which the same rows have one new token each.
@@ -65,13 +83,12 @@ class NativeAttention:
     @property
     def past(self) -> Past:
         """The plans and pools of all layers, for a program."""
-        store = self.store
-        if self._pools is None or self._layout != store.layouts:
+        store, view = self.store, _view(self.store)
+        if view.pools is None or view.layout != store.layouts:
             layers = range(len(store.keys))
             pools = [pool for layer in layers for pool in (store.keys[layer], store.values[layer])]
-            self._pools = Pools(pools, [store.group_of[layer] for layer in layers])
-            self._layout = store.layouts
-        return Past(self.plans, self._pools)
+            view.pools, view.layout = Pools(pools, [store.group_of[layer] for layer in layers]), store.layouts
+        return Past(self.plans, view.pools)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None

@@ -113,9 +113,10 @@ class Plan:
         self._tables = self._address + 8 * len(plan)
         self._block, self._window = block_size, window
         self._ends, self._caps = ends, np.array(caps, dtype=np.int64)
-        if (lowest := int(used.min())) < 0:
-            raise ValueError(f"a row has the block {lowest}; blocks are counted from 0")
-        self._slots = (int(used.max()) + 1) * block_size
+        most = int(used.view(np.uint64).max())  # of which a negative number is the greatest
+        if most >= 1 << 63:
+            raise ValueError(f"a row has the block {int(used.min())}; blocks are counted from 0")
+        self._slots = (most + 1) * block_size
 
     @property
     def addresses(self) -> tuple[int, int]:

@@ -69,13 +69,18 @@ class ModelDrafter:
         self._distributions: dict[int, list[Tensor]] | None = {} if distributions else None
         self._drafting = 0
         self._limits = [0] * len(mirrors)
+        self._whole = False
+        self._likely = [1.0] * len(mirrors)
 
     def draft(self, rows: Items[Sequence]) -> None:
         """See `Drafter`."""
         live: list[tuple[Sequence, Sequence, list[int]]] = []
         most: int | float = math.inf
         if self._device.type == "cpu":
-            most = self._rules.share(sum(row.finish is None for row in rows))
+            going = sum(row.finish is None for row in rows)
+            most = self._rules.share(going)
+            # a step for several rows takes as long as it has tokens, and one that is likely wrong costs what others do
+            self._whole = going > 1
         for row in rows:
             row.draft = []
             tokens = int(min(self._paces[row.row].next(row), self._room(row) - 1, most))
@@ -88,6 +93,7 @@ class ModelDrafter:
                 self._follow(mirror, known)
                 self._limits[row.row] = tokens
                 self._drafted[row.row] = []
+                self._likely[row.row] = 1.0
                 live.append((row, mirror, known))
         if not live:
             return
@@ -128,7 +134,7 @@ class ModelDrafter:
         chosen = self._runner.go_on(mirrors, Stops(limits, self._rules.eos, self._rules.confidence))
         for mirror, (tokens, shares) in zip(mirrors, chosen, strict=bool(chosen)):
             for token, share in zip(tokens, shares, strict=True):
-                self._take(mirror, token, share >= self._rules.confidence)
+                self._take(mirror, token, share)
             mirror.finish = "stop"
             mirror.computed = min(mirror.computed, len(mirror.tokens))
         return bool(chosen)
@@ -141,40 +147,44 @@ class ModelDrafter:
 
     def commit(self, rows: list[Sequence], tokens: list[int], choice: Choice) -> None:
         """Take one step's tokens of the draft model; see `Sink`."""
-        confidence, sure = self._rules.confidence, None
+        shares = [1.0] * len(rows)
         distributions = None if choice.scores is None or self._greedy else choice.scores.softmax(dim=-1)
-        if confidence > 0:
+        if self._rules.confidence > 0:
             if self._greedy:
                 assert choice.scores is not None
                 shares = sureness(choice.scores, choice.tokens)
             else:
                 assert distributions is not None
                 shares = distributions.gather(1, choice.tokens.clamp_min(0)[:, None])[:, 0].tolist()
-            sure = [share >= confidence for share in shares]
         if self._distributions is not None:
             assert distributions is not None
             for row, token, distribution in zip(rows, tokens, distributions, strict=True):
                 if token >= 0:
                     self._distributions[row.row].append(distribution)
-        for row, token, certain in zip(rows, tokens, sure or [True] * len(rows), strict=True):
-            self._take(row, token, certain)
+        for row, token, share in zip(rows, tokens, shares, strict=True):
+            self._take(row, token, share)
         going = sum(row.finish is None for row in rows)
         if 2 * going < self._drafting:  # a step for few rows costs as much as one for many
             for row in rows:
                 row.finish = "stop"
 
-    def _take(self, row: Sequence, token: int, certain: bool) -> None:
-        """Append a token to a row that goes on, and end it when it has its draft, is done, or not sure."""
+    def _take(self, row: Sequence, token: int, share: float) -> None:
+        """Append a token of so much probability to a row that goes on; end it when it has its draft, or is not sure."""
         if row.finish is not None:
             return
-        if token < 0:  # no number to choose from: whatever the draft model's trouble is, the row goes on without
-            row.finish = "stop"
+        drafted, likely = self._drafted[row.row], self._likely[row.row] * share
+        self._likely[row.row] = likely
+        unlikely = self._whole and likely < self._rules.confidence
+        # A token that was drawn is checked whatever it is: leaving out the unlikely would change the distribution.
+        if token < 0 or (unlikely and self._distributions is None):
+            row.finish = (
+                "stop"  # without a number to choose from, whatever the draft model's trouble is, the row goes on
+            )
             return
-        drafted = self._drafted[row.row]
         drafted.append(token)
         row.tokens.append(self._words.take(row.row, token))
         full = len(drafted) >= self._limits[row.row]
-        if full or token in self._rules.eos or not certain:
+        if full or unlikely or token in self._rules.eos or share < self._rules.confidence:
             row.finish = "stop"
 
     def _follow(self, mirror: Sequence, known: list[int]) -> None:

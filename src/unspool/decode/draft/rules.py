@@ -10,7 +10,7 @@ from unspool.config import GenerationConfig
 from unspool.decode.sequence import Sequence
 
 # Tokens, drafts included, that one step on a CPU checks at most.
-_CHECKED = 64
+_CHECKED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class DraftRules:
         tokens: most tokens of a draft, at the start.
         schedule: `"constant"` keeps that number; `"heuristic"` adds 2 after a draft that was right in full and takes 1
             after any other (`"heuristic_transient"` is the same here, where nothing is kept from call to call).
-        confidence: a draft ends with the first token that the draft model gives less probability; 0 never does.
+        confidence: a draft ends with the first token that the draft model gives less probability; 0 never does. Drafts
+            of several rows on a CPU are no longer than what it gives that probability as a whole.
         eos: end tokens; a draft ends with one.
         fixed: the caller named the number of tokens, so it holds for any number of rows.
     """
