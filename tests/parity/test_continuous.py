@@ -220,10 +220,29 @@ def test_whole_distributions(model: Any, name: str) -> None:
         torch.testing.assert_close(output.logits, torch.stack(theirs.logits)[:count, i], rtol=1e-4, atol=1e-4)
 
 
-def test_whole_distributions_of_beams_are_refused(model: Any) -> None:
-    manager = model.init_continuous_batching()
-    with pytest.raises(unspool.Unsupported, match="output_logits with beams"):
-        manager.add_request(PROMPTS[0], num_beams=2, output_logits=True)
+@pytest.mark.parametrize(
+    "name", ["beams", "sampled beams", "patient beams", "groups of beams", "beams with words", "guided beams"]
+)
+def test_whole_distributions_of_beams(model: Any, name: str) -> None:
+    """Those of all beams in every step, and which of them each token was chosen for, as `generate()` gives them."""
+    wanted = of(name) | {"output_scores": True, "output_logits": True}
+    manager = model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=9))
+    request = manager.add_request(PROMPTS[2], **wanted)
+    other = manager.add_request(PROMPTS[1], **of(name))
+    while manager.step():
+        pass
+    plain = manager.get_result(other)
+    assert plain.scores is None
+    assert plain.logits is None
+    theirs = model.generate(torch.tensor([PROMPTS[2]]), return_dict_in_generate=True, **wanted)
+    for i in range(theirs.sequences.shape[0]):
+        output = manager.get_result(request if i == 0 else f"{request}__child#{i - 1}")
+        origins = [place for place in theirs.beam_indices[i].tolist() if place >= 0]
+        assert output.beam_indices == origins
+        assert output.score == pytest.approx(float(theirs.sequences_scores[i]))
+        torch.testing.assert_close(output.scores, torch.stack(theirs.scores), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.logits, torch.stack(theirs.logits), rtol=1e-4, atol=1e-4)
+        assert output.scores.shape == (len(theirs.scores), wanted["num_beams"], model.spec.vocab_size)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

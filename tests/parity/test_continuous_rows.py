@@ -262,6 +262,18 @@ def test_several_outputs_and_streams() -> None:
     assert told[-1] == alone(model, text, {"max_new_tokens": 5})
 
 
+@pytest.mark.parametrize("name", ["t5", "bloom", "mamba"])
+def test_paged_is_what_they_keep(name: str) -> None:
+    """The setting that asks transformers for continuous batching gives what that gives."""
+    model = unspool.wrap(architecture(name))
+    for settings in ({"max_new_tokens": 6}, {"max_new_tokens": 6, "num_beams": 2}):
+        found = [alone(model, text, settings | {"cache_implementation": "paged"}) for text in prompts(5, 8)]
+        outputs = model.generate_batch(prompts(5, 8), **settings, cache_implementation="paged").values()
+        for tokens, output in zip(found, outputs, strict=True):
+            assert output.generated_tokens == tokens[: len(output.generated_tokens)]
+        assert found == [alone(model, text, settings) for text in prompts(5, 8)]
+
+
 def test_what_rows_cannot_do_is_refused() -> None:
     manager = unspool.wrap(architecture("bloom")).init_continuous_batching()
     for settings in (

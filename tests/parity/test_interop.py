@@ -588,10 +588,8 @@ def test_mistakes_are_named(model: Any) -> None:
         wrapped.generate(**prompts(), temprature=2)
     with pytest.raises(ValueError, match="exclude each other"):
         wrapped.generate(**prompts(), past_key_values=unspool.DynamicCache(), cache_implementation="static")
-    with pytest.raises(unspool.Unsupported, match="cache_implementation='paged'"):  # hidden states: by its own cache
-        wrapped.generate(
-            **prompts(), cache_implementation="paged", return_dict_in_generate=True, output_hidden_states=True
-        )
+    with pytest.raises(ValueError, match="exclude each other"):
+        wrapped.generate(**prompts(), past_key_values=unspool.DynamicCache(), cache_implementation="paged")
 
 
 def test_paged_is_what_ragged_modules_are(model: Any) -> None:
@@ -599,3 +597,7 @@ def test_paged_is_what_ragged_modules_are(model: Any) -> None:
     wrapped = unspool.wrap(model)
     got = wrapped.generate(**prompts(), max_new_tokens=5, do_sample=False, cache_implementation="paged")
     assert torch.equal(got, expected) and wrapped.unspool_report().tier == "ragged"
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True}  # which its own cache gives
+    got = wrapped.generate(**prompts(), max_new_tokens=5, do_sample=False, cache_implementation="paged", **wanted)
+    assert torch.equal(got.sequences, expected)
+    assert len(got.hidden_states) == 5

@@ -1342,6 +1342,52 @@ def test_a_launch_that_raises_does_not_take_the_step_before_with_it(model: Any, 
     check_all_given_back(engine.room)
 
 
+def ahead(model: Any, *lengths: int) -> tuple[Any, list[str]]:
+    """A manager that launches ahead, as on a GPU, and steps requests in turn."""
+    register_scheduler("in turn", InTurn)
+    config = ContinuousBatchingConfig(scheduler_type="in turn")
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    manager._engine._ahead = True
+    requests = zip(PROMPTS, lengths, strict=False)
+    return manager, [manager.add_request(prompt, **SETTINGS | {"max_new_tokens": n}) for prompt, n in requests]
+
+
+def test_a_chooser_that_raises_does_not_take_the_step_before_with_it(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last token of the first request is in flight when the tokens of the second cannot be chosen."""
+    manager, (first, second) = ahead(model, 1, 8)
+    plain = manager._engine.plain
+    decide = plain._decide
+
+    def breaks(kin: Any, scores: Any) -> Any:
+        if kin.states[0].request_id == second:
+            raise RuntimeError("no choice")
+        return decide(kin, scores)
+
+    monkeypatch.setattr(plain, "_decide", breaks)
+    while manager.step():
+        pass
+    one, other = manager.get_result(first), manager.get_result(second)
+    assert one.finish_reason == "length"
+    assert len(one.generated_tokens) == 1
+    assert other.finish_reason == "error"
+    assert "no choice" in other.error
+    check_all_given_back(manager._engine.room)
+
+
+def test_what_ended_in_flight_is_not_cancelled(model: Any) -> None:
+    manager, (first, second) = ahead(model, 1, 8)
+    manager.step()
+    assert manager._engine._loop._flights
+    manager.stop(hard_stop=True)
+    one, other = manager.get_result(first), manager.get_result(second)
+    assert one.finish_reason == "length"
+    assert len(one.generated_tokens) == 1
+    assert other.finish_reason == "cancelled"
+    check_all_given_back(manager._engine.room)
+
+
 class _Breaking:
     """A runner that fails the second request's first step."""
 

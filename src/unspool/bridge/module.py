@@ -333,6 +333,8 @@ class Foreign:
             if wanted is not None:
                 raise ValueError(f"cache_implementation={wanted!r} and {self.cache_name} exclude each other; pass one")
             return
+        if wanted == "paged":  # rows of a continuous batch, which it asks for, have the module's own past
+            wanted = their.cache_implementation = None
         if not config.use_cache:
             return
         supports = self.hook("_supports_default_dynamic_cache")

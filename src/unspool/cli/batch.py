@@ -142,6 +142,9 @@ class _Batch:
                 self.manager.step()
                 while (output := self.manager.get_result(timeout=0)) is not None:
                     self._take(output)
+        except KeyboardInterrupt:
+            note(f"interrupted after {self.written} lines; the same command goes on with the rest")
+            raise
         finally:
             self.manager.stop(hard_stop=True)
 

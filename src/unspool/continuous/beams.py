@@ -45,6 +45,11 @@ class BeamSink:
         news = self._chooser.agreed(0, len(main.made), over)
         self._tell(news)
         main.made += [token for token, _ in news]
+        keeps_scores, keeps_logits = main.wishes.keeps
+        if keeps_scores and choice.scores is not None:
+            main.scores.append(choice.scores.clone())
+        if keeps_logits and choice.logits is not None:
+            main.logits.append(choice.logits.clone())
         now = time.perf_counter()
         if main.first_token is None:
             main.first_token = now
@@ -74,7 +79,8 @@ class BeamSink:
         for place, (state, output, rows, score) in enumerate(zip(states, every, origins, scores, strict=True)):
             length = sum(row >= 0 for row in rows)
             made = output[:length]
-            state.made, state.score = output[: length + closed[place]], score
+            state.made, state.score, state.origins = output[: length + closed[place]], score, rows[:length]
+            state.scores, state.logits = states[0].scores, states[0].logits
             state.logprobs, state.top_logprobs = [], []
             self._tell(list(zip(made, rows, strict=False)), place)
             if closed[place] and self._tops is not None:  # a token that nobody chose, as in generate()
@@ -103,6 +109,7 @@ def set_up_beams(apart: Apart) -> Group:
         noise=apart.noise(beams),
         filler=beam_filler(config, sorted(wishes.limits.eos)),
         vocab=apart.model.spec.vocab_size,
-        keep_scores=wishes.top_logprobs is not None,
+        keep_scores=wishes.top_logprobs is not None or wishes.keeps[0],
+        keep_logits=wishes.keeps[1],
     )
     return Group(rows, chooser, BeamSink(apart, chooser))

@@ -19,7 +19,7 @@ from unspool.continuous.room import Room
 from unspool.continuous.scheduler import Scheduler
 from unspool.decode.loop import Loop
 from unspool.decode.runner import Runner
-from unspool.decode.sequence import Group, Work
+from unspool.decode.sequence import Sequence, Work
 from unspool.errors import CacheFull, RequestFailed
 
 __all__ = ["Engine"]
@@ -81,7 +81,7 @@ class Engine:
         self.remembers = False
         self.parents: dict[str, str] = {}
         self._ahead = ahead
-        self._loop = Loop(runner, self, device=device, failed=self._group_failed)
+        self._loop = Loop(runner, self, device=device, failed=self._rows_failed)
         self._loop.in_step = True
         self._scheduled: list[RequestState] = []
         self._flying: list[RequestState] = []  # requests of the step before, where it is not committed yet
@@ -156,12 +156,12 @@ class Engine:
         return work
 
     def answer_all(self, reason: str, error: BaseException | None) -> None:
-        """End every request for one reason."""
+        """End every request for one reason, but those that ended in the step that is in flight."""
+        self._loop.settle()
+        self._flying = []
         for state in list(self.live.values()):
             state.end(reason, error=error)
             self._close(state)
-        self._loop.settle()
-        self._flying = []
 
     def evict(self, request_id: str) -> None:
         """Forget what is kept of a request that ended."""
@@ -280,10 +280,11 @@ class Engine:
             child.lifespan, child.first_token = state.lifespan, state.first_token
             self._close(child)
 
-    def _group_failed(self, group: Group, error: Exception) -> None:
-        """Everything decided in one group failed; see `decode.loop.Failed`."""
+    def _rows_failed(self, rows: list[Sequence], error: Exception) -> None:
+        """What was decided together failed; see `decode.loop.Failed`."""
+        lost = set(rows)
         for state in (*self._flying, *self._scheduled):
-            if state.home.group is group:
+            if not lost.isdisjoint(state.rows):
                 state.end("error", error=_blame(state, "choosing its tokens", error))
 
     def _fail_step(self, error: Exception) -> None:

@@ -335,12 +335,6 @@ def refuse_settings(config: GenerationConfig, mode: GenerationMode, device: torc
     for name, why in _ALONE.items():
         if getattr(config, name):
             raise Unsupported(f"{name} is for generate() alone: {why}")
-    for name in ("output_scores", "output_logits"):
-        if mode in BEAMS and getattr(config, name):
-            raise Unsupported(
-                f"{name} with beams is for generate() alone, which tells whose they were; top_logprobs gives the "
-                "likeliest of each output"
-            )
     for name in ("use_mtp", "speculation_type"):
         if mode is GenerationMode.ASSISTED_GENERATION and getattr(config, name):
             raise Unsupported(

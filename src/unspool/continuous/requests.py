@@ -102,7 +102,9 @@ class GenerationOutput:
             first has no log-probability, which is `None`.
         prompt_top_logprobs: the most likely ids at each place of the prompt, likewise.
         score: a beam's score.
-        scores: `[tokens, vocab]` fp32, what each token was chosen from, with `output_scores` and once it is over.
+        beam_indices: of an output of beams, once it is over, the beam that each of its tokens was chosen for.
+        scores: `[tokens, vocab]` fp32, what each token was chosen from, with `output_scores` and once it is over; of
+            beams `[steps, num_beams, vocab]`, of all of them and the same for all outputs.
         logits: `[tokens, vocab]` fp32, the same before all processors, with `output_logits`.
         usage: what it took.
         timings: how long it took.
@@ -124,6 +126,7 @@ class GenerationOutput:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
     score: float | None = None
+    beam_indices: list[int] | None = None
     scores: Tensor | None = None
     logits: Tensor | None = None
     usage: Usage = field(default_factory=Usage)
@@ -248,6 +251,8 @@ class RequestState:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     score: float | None = None
+    origins: list[int] | None = None
+    """Of an output of beams, the row that each token was chosen for."""
     scores: list[Tensor] = field(default_factory=list)
     """Of each token, what it was chosen from, where that is wanted;"""
     logits: list[Tensor] = field(default_factory=list)
@@ -359,6 +364,7 @@ class RequestState:
             prompt_logprobs=None if wishes.prompt_logprobs is None else [None, *(one for one, _ in self.prompt_told)],
             prompt_top_logprobs=[None, *(best for _, best in self.prompt_told)] if wishes.prompt_logprobs else None,
             score=self.score,
+            beam_indices=self.origins,
             scores=self._stacked(self.scores),
             logits=self._stacked(self.logits),
             usage=Usage(

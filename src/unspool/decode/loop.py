@@ -13,8 +13,8 @@ from unspool.decode.plan import Scheduler
 from unspool.decode.runner import Output, Runner
 from unspool.decode.sequence import Choice, Group, Sequence, Want, Work
 
-Failed = Callable[[Group, Exception], None]
-"""Told of a group whose chooser, sink or watch raised; the other groups go on."""
+Failed = Callable[[list[Sequence], Exception], None]
+"""Told of rows whose group's chooser, sink or watch raised; other rows go on, also those of its step before."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Loop:
         device: where tokens are chosen.
         in_step: commit each step before the next is planned, because something on the host must see it first. It may be
             set anew before each step, also by the plan for the step it makes.
-        failed: told when a group fails in its own chooser, sink or watch; without it such an error ends the loop.
+        failed: told of rows whose group fails in its own chooser, sink or watch; without it, such an error ends all.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Loop:
             try:
                 flight = self._choose(items, mine)
             except Exception as error:
-                self._blame(items[0].group, error)
+                self._blame([item.seq for item in items], error)
             else:
                 flights += flight
         return flights
@@ -169,7 +169,7 @@ class Loop:
             try:
                 self._land(flight)
             except Exception as error:
-                self._blame(flight.group, error)
+                self._blame(flight.rows, error)
 
     def _land(self, flight: Flight) -> None:
         """Give one group its tokens, and make the rows what the choice says they are."""
@@ -188,11 +188,11 @@ class Loop:
                     self.runner.rewind(row, len(row.tokens) - 1)
                 row.draft = []
 
-    def _blame(self, group: Group, error: Exception) -> None:
+    def _blame(self, rows: list[Sequence], error: Exception) -> None:
         self._note(error)
         if self._failed is None:
             raise error
-        self._failed(group, error)
+        self._failed(rows, error)
 
     def _note(self, error: Exception) -> None:
         error.add_note(f"raised in step {self._steps} of decoding")
