@@ -243,6 +243,63 @@ def test_what_ended_leaves_no_memory() -> None:
     assert [past() for past in pasts] == [None, None]
 
 
+def cross_bytes(model: Any, read: int, fed: int) -> int:
+    """What a row of T5 holds whose encoder read so many tokens and whose decoder was fed so many."""
+    config = model.config
+    keys = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * (read + fed) * 4
+    encoded, mask, ids = read * config.d_model * 4, read * 8, (fed + 1) * 8
+    return keys + encoded + mask + ids
+
+
+def test_cross_attention_is_counted_and_given_back() -> None:
+    """Written once: a step adds a token of the decoder's own to each row, and beams read one copy."""
+    model = unspool.wrap(architecture("t5"))
+    first, second = prompts(40, 25)
+    manager = model.init_continuous_batching()
+    assert manager.metrics.past_bytes == 0
+    names = [manager.add_request(text, max_new_tokens=9, eos_token_id=None) for text in (first, second)]
+    manager.step()
+    opened = manager._engine.room.store.opened
+    alone = manager.metrics.past_bytes
+    assert abs(alone - cross_bytes(model, 40, 1) - cross_bytes(model, 25, 1)) <= 200, "small things besides"
+    manager.step()  # in one rectangle now, as wide as the longer one
+    together = manager.metrics.past_bytes
+    assert abs(together - 2 * cross_bytes(model, 40, 2)) <= 200
+    manager.step()
+    assert manager.metrics.past_bytes - together == cross_bytes(model, 0, 3) * 2 - cross_bytes(model, 0, 2) * 2
+    manager.cancel_request(names[0])
+    manager.step()
+    assert len(opened) == 1
+    assert manager.metrics.past_bytes < together / 2 + 200
+    while manager.step():
+        pass
+    assert manager.metrics.past_bytes == 0
+    beams = manager.add_request(first, max_new_tokens=9, num_beams=4, eos_token_id=None)
+    manager.step()
+    assert len(opened) == 4
+    assert manager.metrics.past_bytes <= cross_bytes(model, 40, 1) * 4 - 3 * 40 * model.config.d_model * 4 + 200
+    manager.cancel_request(beams)
+    manager.step()
+    assert manager.metrics.past_bytes == 0
+    check_given_back(manager)
+
+
+def test_pasts_that_take_much_bound_how_many_begin() -> None:
+    model, texts = unspool.wrap(architecture("t5")), prompts(5, 6, 7)
+    settings = {"max_new_tokens": 6, "eos_token_id": None}
+    config = ContinuousBatchingConfig(max_memory_percent=1e-9)
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    names = [manager.add_request(text, **settings) for text in texts]
+    manager.step()  # nobody knows yet what a past takes
+    assert manager.metrics.running == 3
+    while manager.step():
+        assert manager.metrics.running <= 1
+    assert manager.metrics.preemptions == 2
+    for name, text in zip(names, texts, strict=True):
+        assert manager.get_result(name).generated_tokens == alone(model, text, settings)
+    check_given_back(manager)
+
+
 def test_several_outputs_and_streams() -> None:
     model = unspool.wrap(architecture("t5"))
     (text,) = prompts(6)

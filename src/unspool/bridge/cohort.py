@@ -63,7 +63,8 @@ class Source:
     """
 
     def __init__(self, encoded: Any, hidden: Tensor, mask: Tensor) -> None:
-        self._encoded = encoded
+        self._encoded = copy.copy(encoded)
+        self._encoded.last_hidden_state = hidden.new_empty(0)  # this one is let go of when rows are put together
         self._hidden = hidden
         self._mask = mask
         self.columns = hidden.shape[1]
@@ -155,6 +156,11 @@ class Cohort:
             raise Unsupported(f"{name} remembers {past.get_seq_length()} tokens of {columns}")
         source = Source.of(inputs) if foreign.encoder_decoder else None
         return cls(foreign, ids, [columns], past, settings, source)
+
+    @property
+    def held(self) -> list[Any]:
+        """Everything of it that takes memory."""
+        return [self._past, self._source, self._ids]
 
     @staticmethod
     def gather(rows: Items[Member]) -> Cohort:

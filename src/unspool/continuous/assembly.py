@@ -12,7 +12,7 @@ from unspool.continuous.outbox import Outbox
 from unspool.continuous.plain import PlainRows
 from unspool.continuous.room import Room
 from unspool.continuous.scheduler import scheduler_class
-from unspool.continuous.sizes import make_ledger, make_store, make_swap, tokens_per_step
+from unspool.continuous.sizes import bound_pasts, make_ledger, make_store, make_swap, tokens_per_step
 from unspool.decode.fault import find_fault
 from unspool.decode.invariant import InvariantRunner
 from unspool.decode.opened import BesideRunner, Ledger, OpenedRunner, Opener
@@ -72,6 +72,8 @@ def make_engine(
             opened = OpenedRunner(opener, store, alone=deterministic)
             runner = beside = BesideRunner(runner, opened)
             fault = beside.fault_finder(fault)
+    if isinstance(store, Ledger):
+        bound_pasts(store, config)
     # Keys that depend on a row's whole length are not another row's.
     sharing = config.allow_block_sharing and not model.spec.needs_extents
     room = Room(store, sharing=sharing, swap=swap)

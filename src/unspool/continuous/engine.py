@@ -183,6 +183,7 @@ class Engine:
             cache_use=1 - room.share_available,
             cache_peak=tally.cache_peak,
             cache_kept=room.share_kept,
+            past_bytes=room.past_bytes,
             cached_tokens=room.hits,
             prefix_hits=room.hits / room.asked if room.asked else None,
             drafted_tokens=tally.drafted + sum(state.drafted for state in live),

@@ -30,6 +30,8 @@ class Metrics:
         cache_use: share of the blocks that live requests hold.
         cache_peak: the largest such share after any step.
         cache_kept: share of the blocks kept of ended requests, which are given up when room is needed.
+        past_bytes: bytes that a module's own pasts take besides, with cross-attention's keys and what an encoder made;
+            0 for native and ragged models, all of whose keys and values are in the cache.
         cached_tokens: tokens that were found stored and not computed.
         prefix_hits: the same as a share of the tokens that requests had when they began (again); `None` before any.
         drafted_tokens, accepted_tokens: tokens that were drafted, and that were taken of them.
@@ -50,6 +52,7 @@ class Metrics:
     cache_use: float
     cache_peak: float
     cache_kept: float
+    past_bytes: int
     cached_tokens: int
     prefix_hits: float | None
     drafted_tokens: int

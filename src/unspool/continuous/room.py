@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence as Items
+from collections.abc import Hashable, Iterable, Sequence as Items
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -11,6 +11,7 @@ from unspool.cache.blocks import GONE
 from unspool.cache.paged import PagedStore
 from unspool.cache.prefix import Node, PrefixIndex
 from unspool.cache.swap import Shelf, SwapArea
+from unspool.decode.opened import Ledger
 from unspool.decode.sequence import Sequence
 
 __all__ = ["Room"]
@@ -99,6 +100,32 @@ class Room:
     def share_available(self) -> float:
         """The share of blocks that no live row holds, 0 to 1, in the layer group where it is least."""
         return min((pool.free + pool.idle) / max(1, pool.count) for pool in self.store.blocks)
+
+    @property
+    def past_bytes(self) -> int:
+        """Bytes that a module's own pasts take; 0 where the store has all there is."""
+        return self.store.past_bytes() if isinstance(self.store, Ledger) else 0
+
+    def has_memory(self, margin: float, begun: Iterable[Sequence]) -> bool:
+        """Whether so large a share of the memory for pasts beside the store would be left with one more.
+
+        Args:
+            margin: of 0 to 1.
+            begun: rows that may come to have such a past, and have none yet.
+        """
+        return (
+            not isinstance(self.store, Ledger) or self.store.share_held(1 + sum(map(self.opens, begun))) <= 1 - margin
+        )
+
+    def opens(self, row: Sequence) -> bool:
+        """Whether a row has, or will have, a past beside the store."""
+        return isinstance(self.store, Ledger) and (row.inputs is not None or self.store.opens_all)
+
+    @property
+    def overfull(self) -> bool:
+        """Whether several pasts take more memory than they should."""
+        store = self.store
+        return isinstance(store, Ledger) and len(store.opened) > 1 and store.share_held() > 1
 
     @property
     def share_kept(self) -> float:

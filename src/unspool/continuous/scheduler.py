@@ -145,6 +145,9 @@ class Scheduler(ABC):
         chosen: list[RequestState] = []
         full = False  # no further request starts in this step
         last = len(order)  # requests from here on were put back
+        while self.cache.overfull and (behind := self._last_opened(order, last)) > 0:
+            self._preempt(order[behind])
+            last, full = behind, True
         place = -1
         while (place := place + 1) < last and token_budget > 0:
             state = order[place]
@@ -193,7 +196,11 @@ class Scheduler(ABC):
         running = len(self.active_requests)
         if running >= self.max_requests_per_batch:
             return False
-        return not running or self.cache.share_available >= self.safety_margin
+        if not running:
+            return True
+        states = self.active_requests.values()
+        begun = (state.rows[0] for state in states if state.status is RequestStatus.PREFILLING)
+        return self.cache.share_available >= self.safety_margin and self.cache.has_memory(self.safety_margin, begun)
 
     def _lacks_room(self, state: RequestState) -> bool:
         """Whether a waiting request, of which what is stored was found, could not get to its next token now."""
@@ -244,6 +251,11 @@ class Scheduler(ABC):
                 self._preempt(order[behind])
                 return behind
         return place + 1
+
+    def _last_opened(self, order: Items[RequestState], last: int) -> int:
+        """The place of the last running request of `order[:last]` with a past beside the store; -1 for none."""
+        places = (i for i in range(last - 1, -1, -1) if _runs(order[i]) and self.cache.opens(order[i].rows[0]))
+        return next(places, -1)
 
     def _plan(self, state: RequestState, budget: int) -> bool:
         """Set `work` of a running request; `False` when there is no room for it."""

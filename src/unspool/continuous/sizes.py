@@ -19,7 +19,7 @@ from unspool.decode.sequence import Sequence
 from unspool.errors import OutOfMemory
 from unspool.models.base import Batch
 
-__all__ = ["make_ledger", "make_store", "make_swap", "share_out", "tokens_per_step"]
+__all__ = ["bound_pasts", "make_ledger", "make_store", "make_swap", "share_out", "tokens_per_step"]
 
 logger = logging.getLogger("unspool")
 
@@ -73,12 +73,15 @@ def make_store(
 
 
 def make_ledger(model: Opener, config: ContinuousBatchingConfig, places: int) -> Ledger:
-    """What counts the tokens of rows that are computed by themselves: as many as can be used, where nobody says.
-
-    How much memory a module takes for them is its own business.
-    """
+    """What counts the tokens of rows that are computed by themselves: as many as can be used, where nobody says."""
     tokens = places * _LONGEST if config.num_blocks is None else config.num_blocks * config.page_size
     return Ledger.empty(-(-tokens // BLOCK_SIZE), model.device)
+
+
+def bound_pasts(ledger: Ledger, config: ContinuousBatchingConfig) -> None:
+    """Let pasts that a module keeps itself take a share of the memory that is free beside the store."""
+    device = ledger.device
+    ledger.most_bytes = free_memory(device) * (config.max_memory_percent or _SHARE.get(device.type, 0.5))
 
 
 def make_swap(store: PagedStore, config: ContinuousBatchingConfig) -> SwapArea | None:

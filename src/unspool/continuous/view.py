@@ -94,6 +94,8 @@ def lines(numbers: Metrics, rates: list[float]) -> list[tuple[str, str]]:
         ("prefix hits", _share(numbers.prefix_hits) + f"{numbers.cached_tokens:,} tokens"),
         ("preemptions", f"{numbers.preemptions:,}" + (f", {numbers.swaps:,} swapped" if numbers.swaps else "")),
     ]
+    if numbers.past_bytes:
+        shown.append(("pasts", f"{numbers.past_bytes / 2**20:,.1f} MiB of the module's own"))
     if numbers.acceptance is not None:
         drafts = f"{numbers.accepted_tokens:,} of {numbers.drafted_tokens:,} drafted tokens"
         shown.append(("acceptance", _share(numbers.acceptance) + drafts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence as Items
 from typing import Any, Literal, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from unspool.cache.held import bytes_held
 from unspool.cache.layout import LayerGroup
 from unspool.cache.paged import PagedStore, Row
 from unspool.config import GenerationConfig
@@ -40,6 +42,11 @@ class OpenRow(ABC):
     @abstractmethod
     def fork(self) -> OpenRow:
         """Another one with the same past, of its own."""
+
+    @property
+    @abstractmethod
+    def held(self) -> list[Any]:
+        """What holds tensors of its past, with what an encoder made for it; of rows fed together it is the same."""
 
 
 class Opener(ABC):
@@ -90,13 +97,35 @@ class Opener(ABC):
 class Ledger(PagedStore):
     """A store that also holds the pasts of open rows, which fill no blocks and are counted as if they did.
 
-    So they are scheduled as all others.
+    So they are scheduled as all others. What they take of memory is looked at, and bounds how many begin.
+
+    Attributes:
+        opened: pasts by row.
+        faults: why a row has no logits.
+        most_bytes: that pasts should take.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.opened: dict[Row, OpenRow] = {}
         self.faults: dict[Row, str] = {}
+        self.most_bytes: float = math.inf
+        self._each = 0.0  # bytes of a past, at most so far
+
+    def past_bytes(self) -> int:
+        """Bytes that the pasts of open rows take."""
+        return bytes_held(one for past in list(self.opened.values()) for one in past.held)
+
+    def share_held(self, more: int = 0) -> float:
+        """The same as a share of what they should take, with so many more pasts as large as any so far."""
+        held = self.past_bytes()
+        self._each = max(self._each, held / len(self.opened) if self.opened else 0.0)
+        return (held + more * self._each) / self.most_bytes
+
+    @property
+    def opens_all(self) -> bool:
+        """Whether every row is opened, since no layer keeps anything in the blocks."""
+        return not any(group.layers for group in self.groups)
 
     @classmethod
     def empty(cls, blocks: int, device: torch.device) -> Ledger:

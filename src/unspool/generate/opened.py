@@ -195,6 +195,14 @@ class _Row(OpenRow):
             self._member, self._runner = Member(Cohort.of(self._runner), 0), None
         return self._member
 
+    @property
+    def held(self) -> list[Any]:
+        """See `OpenRow`."""
+        runner, member = self._runner, self._member  # in one look: a step may be under way
+        if member is not None:
+            return member.cohort.held
+        return [] if runner is None else [runner.inputs, runner.ids]
+
     def fork(self) -> OpenRow:
         """See `OpenRow`."""
         row = Sequence(0, self._row.tokens, computed=self._row.computed)
