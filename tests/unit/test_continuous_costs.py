@@ -16,21 +16,22 @@ GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "seed": 3, "top_k": None, "top_p": None, "temperature": 1.0}
 
 # What makes room for a result, or brings rows' parts of one together.
-_PLACES = {"_to_copy", "empty", "new_empty", "empty_like", "index", "index_put_", "view", "slice"}
-_GREEDY = _PLACES | {"argmax", "max", "le", "ge", "isnan", "any", "logical_not", "where", "masked_fill", "gather", "eq"}
-_DRAWN = _GREEDY | {
-    "_softmax",
-    "exponential_",
-    "div_",
-    "div",
-    "unsqueeze",
-    "select",
-    "copy_",
-    "stack",
-    "gt",
-    "lt",
-    "neg",
+_PLACES = {
+    "_to_copy",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "index",
+    "index_put_",
+    "view",
+    "slice",
+    "detach",
+    "lift_fresh",
 }
+_GREEDY = _PLACES | {"argmax"}
+# The tokens drawn are those greatest in `p / e`, where `e` is noise; without the kernels, by these.
+_DRAWN = _GREEDY | {"_softmax", "exponential_", "div_", "unsqueeze", "gather", "select", "unbind", "abs", "mul"}
+_DRAWN |= {"ne", "eq", "gt", "bitwise_and", "scalar_tensor", "where"}
 
 
 class Counted(TorchDispatchMode):
