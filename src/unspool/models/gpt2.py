@@ -135,10 +135,10 @@ class GPT2(Model):
             max_positions=shape.positions,
             hard_limit=True,
         )
+        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.eps)  # first, as in `llama`
         self.embedding = Embedding(shape.vocab_size, shape.hidden_size)
         self.position_embedding = Embedding(shape.positions, shape.hidden_size)
         self.layers = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.eps)
         self.lm_head = Linear(shape.hidden_size, shape.vocab_size)
         self.tied = shape.tied
 

@@ -177,10 +177,11 @@ class Llama(Model):
             recompute_past=shape.rope.original if shape.rope.kind == "longrope" else None,
         )
         self.rotary = Rotary(shape.rope)
+        # first, since many ask next(model.parameters()) where a model is, and packed weights are nowhere
+        self.norm = RMSNorm(shape.hidden_size, shape.eps)
         self.embedding = Embedding(shape.vocab_size, shape.hidden_size)
         kind = NormAfterBlock if shape.norm_after else Block
         self.layers = nn.ModuleList(kind(shape, layer) for layer in range(shape.layers))
-        self.norm = RMSNorm(shape.hidden_size, shape.eps)
         self.lm_head = Linear(shape.hidden_size, shape.vocab_size)
         self.tied = shape.tied
         self._compiled = CompiledLayers(self.shape)
