@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from unspool.hub import HubArguments, locate_adapter
 from unspool.models.adapters import BASE
 from unspool.models.base import CausalLMOutput, Model
+from unspool.repositories import HubArguments, locate_adapter
 from unspool.weights.lora import read_adapter
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from families import VOCAB, make_checkpoint
 from torch import Tensor
 
 import unspool
-from unspool.hub import BUILT_IN, BUILT_IN_ADAPTERS
+from unspool.repositories import BUILT_IN, BUILT_IN_ADAPTERS
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {

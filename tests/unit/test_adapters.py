@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import unspool
 from unspool.errors import CheckpointError, Unsupported
-from unspool.hub import BUILT_IN_ADAPTERS
 from unspool.kernels.lowrank import fits
+from unspool.repositories import BUILT_IN_ADAPTERS
 
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",

@@ -81,7 +81,7 @@ def test_a_model_that_is_moved_copied_or_pickled_keeps_its_fast_weights(options:
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=str)
 def test_where_a_model_is_can_be_asked_of_its_first_parameter(options: dict[str, Any]) -> None:
     """As much code for transformers does; packed weights are nowhere."""
-    model, tokenizer = unspool.load(device="cpu", **options)
+    model, _ = unspool.load(device="cpu", **options)
     first = next(model.parameters())
     assert (first.device, first.dtype) == (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
 

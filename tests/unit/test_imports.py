@@ -66,6 +66,7 @@ ROOMS: dict[str, set[str]] = {
     "inspection": {"generate.outputs"},
     "interop": {"*"},
     "hub": {"*"},
+    "repositories": set(),
     "server": {"*"},
     "cli": {"*"},
     "__main__": {"*"},
@@ -80,7 +81,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "safetensors": {"weights", "bridge", "logits"},  # logits: detectors of watermarks
     "tokenizers": {"tokenization"},
     "jinja2": {"tokenization", "inspection"},
-    "huggingface_hub": {"hub", "config", "tokenization", "generate"},
+    "huggingface_hub": {"repositories", "config", "tokenization", "generate"},
     "packaging": {"generate"},  # comes with huggingface_hub
     "rich": {"cli", "continuous", "inspection", "weights"},
     "typer": {"cli"},

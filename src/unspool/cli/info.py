@@ -35,7 +35,7 @@ def run(
     name: str, revision: str | None, offline: bool, everything: bool, as_json: bool, probe: bool | None = None
 ) -> None:
     """Print the facts about a model; `probe`: as transformers runs it, too (`None`: where it is not native)."""
-    from unspool.hub import HubArguments, locate
+    from unspool.repositories import HubArguments, locate
 
     folder = locate(name, hub=HubArguments(revision=revision, local_files_only=offline))
     from unspool.weights import read_config  # with torch, once the folder is known to be there

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from unspool.errors import Unsupported
 from unspool.generate.report import Report
-from unspool.hub import BUILT_IN
 from unspool.interop.versions import check_version
 from unspool.interop.wrap import Wrapped, wrap
+from unspool.repositories import BUILT_IN
 
 if TYPE_CHECKING:
     from unspool.types import FileName
