@@ -1,16 +1,21 @@
 // Runs the kernels of one level without Python, so that another processor's can be tried in an emulator. Writes what they
 // give to standard output as fp32 numbers, and fails where a row's results depend on its company or on threads.
 //
+// The same call again must find all its memory from before.
+//
 // usage: levels NAME [cut]
 //
 // With `cut`, a result of the small operations has one number less room than it needs, which sanitizers must see.
 
 #include "levels.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -25,6 +30,17 @@ void unspool_quantised_pack(const unspool::QuantisedWeight*, const unspool::u8*,
 }
 
 using namespace unspool;
+
+static std::atomic<i64> taken = 0;  // pieces of memory
+
+void* operator new(std::size_t size) {
+    taken++;
+    void* memory = std::malloc(size);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -78,6 +94,16 @@ void expect_same(const std::vector<Number>& a, const std::vector<Number>& b, con
     std::exit(1);
 }
 
+template <class Run>
+void expect_no_memory(const char* what, const Run& run) {
+    run();
+    const i64 before = taken;
+    run();
+    if (taken == before) return;
+    std::fprintf(stderr, "%s: takes memory again\n", what);
+    std::exit(1);
+}
+
 // All rows at once on three threads, and each alone on one; `run(first, rows, out, threads)`.
 template <class Run>
 void each_alone(const char* what, i64 rows, i64 outputs, const Run& run) {
@@ -86,6 +112,7 @@ void each_alone(const char* what, i64 rows, i64 outputs, const Run& run) {
     for (i64 row = 0; row < rows; row++) run(row, 1, alone.data() + row * outputs, 1);
     expect_same(together, alone, what);
     print(together);
+    for (const i64 count : {i64{1}, i64{16}, rows}) expect_no_memory(what, [&] { run(0, count, alone.data(), 1); });
 }
 
 void products() {
@@ -124,6 +151,36 @@ void products() {
     }
 }
 
+// Of plain rows, and of rows with equal ones, with NaN, and with nothing above -infinity.
+template <class Number>
+void greatest() {
+    const int bytes = sizeof(Number);
+    const i64 rows = 5, width = 2005;
+    const auto number = [](float wide) {
+        if constexpr (sizeof(Number) == 2) return half(wide);
+        else return wide;
+    };
+    const float nothing = -std::numeric_limits<float>::infinity();
+    auto x = draws<Number>(rows * width);
+    for (const i64 i : {2000, 701, 1999}) x[static_cast<std::size_t>(width + i)] = number(3.0f);
+    x[static_cast<std::size_t>(2 * width + 1000)] = number(std::numeric_limits<float>::quiet_NaN());
+    for (i64 i = 0; i < width; i++) x[static_cast<std::size_t>(3 * width + i)] = number(nothing);
+    std::vector<i64> places(rows), alone(rows), plain(rows);
+    std::vector<float> shares(rows);
+    chosen->greatest(bytes, x.data(), rows, width, places.data(), shares.data(), 3);
+    chosen->greatest(bytes, x.data(), rows, width, plain.data(), nullptr, 2);
+    expect_same(places, plain, "greatest without shares");
+    for (i64 row = 0; row < rows; row++) {
+        float share = 0;
+        chosen->greatest(bytes, x.data() + row * width, 1, width, alone.data() + row, &share, 1);
+        expect_same(std::vector<float>{shares[static_cast<std::size_t>(row)]}, {share}, "shares");
+    }
+    expect_same(places, alone, "greatest");
+    if (places[1] != 701 || places[2] != -1 || places[3] != -1) std::exit(1);
+    print(std::vector<float>(places.begin(), places.end()));
+    print(shares);
+}
+
 template <class Number>
 void between() {
     const int bytes = sizeof(Number);
@@ -139,7 +196,16 @@ void between() {
         print(branch);
         chosen->turn(bytes, x.data(), rows, 2 * width, 1, 2 * width, cos.data(), sin.data(), 2 * width, 1);
         print(x);
+        chosen->norm_parts(bytes, x.data(), rows, 2 * width, 2, width, weight.data(), 1e-5f, 2);
+        print(x);
+        for (const float factor : {1.0f, 0.22f}) {
+            chosen->add(bytes, x.data(), branch.data(), factor, rows, width, 2);
+            print(branch);
+        }
+        chosen->add(bytes, nullptr, branch.data(), 0.22f, rows, width, 2);
+        print(branch);
     }
+    greatest<Number>();
     std::vector<u8> codes(4 * 100);
     std::vector<float> scales(4 * 4);
     const auto rows = draws<Number>(4 * 100);
@@ -175,6 +241,7 @@ void attention() {
         run(plan, 0, together.data(), 3);
         expect_same(together, alone, "attention");
         print(together);
+        expect_no_memory("attention", [&] { run(plan, 0, alone.data(), 1); });
     }
 }
 

@@ -211,6 +211,23 @@ def test_a_damaged_library_is_not_used(kept: float | None, tmp_path: Path, monke
 
 
 @compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' libraries have no checksum")
+@pytest.mark.parametrize("place", [0.0005, 0.2, 0.5, 0.9, 1.0])
+def test_zeros_in_a_library_are_noticed(place: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = next(Path(native.__file__).parent.glob("_native*.so")).read_bytes()
+    if native._checksum(whole[:-4]) != whole[-4:]:  # as the tests build it
+        whole += native._checksum(whole)
+    content = bytearray(whole)
+    first = int(place * (len(content) - 4096))
+    content[first : first + 4096] = bytes(4096)
+    (tmp_path / "_native.so").write_bytes(content)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    found = native._load.__wrapped__()
+    assert found.library is None
+    assert found.words == "compiled kernels not in use: _native.so is damaged; install unspool anew"
+
+
+@compiled
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_INTERFACE", -1)
     found = native._load.__wrapped__()

@@ -88,9 +88,9 @@ struct Paired : Bf16 {
     }
 
     UNSPOOL_TARGET static Vec store_weights(float* row, i64 group, Vec weights) {
-        const __m256i halves = (__m256i)_mm512_cvtneps_pbh(weights);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + group * kWidth / 2), halves);
-        return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+        const __m256i rounded = halves(weights);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + group * kWidth / 2), rounded);
+        return widened(rounded);
     }
 };
 #endif
@@ -190,7 +190,8 @@ struct Scale {
 template <class F, int Rows, int Groups>
 UNSPOOL_TARGET void score(const float* queries, const float* keys, i64 count, i64 size, const Scale& scale,
                                float* scores) {
-    Vec sums[Rows][Groups] = {};
+    Vec sums[Rows][Groups];
+    clear(sums);
     for (i64 i = 0; i < count; i++, queries++, keys += kWidth) {
         Vec key[Groups];
 #pragma GCC unroll 4
@@ -202,7 +203,9 @@ UNSPOOL_TARGET void score(const float* queries, const float* keys, i64 count, i6
             for (int g = 0; g < Groups; g++) sums[r][g] = F::add(sums[r][g], key[g], word);
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
         for (int g = 0; g < Groups; g++) store(scores + r * kPitch + g * kWidth, scale(sums[r][g]));
 }
 

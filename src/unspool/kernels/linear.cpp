@@ -97,6 +97,13 @@ UNSPOOL_AVX512 inline __m512i broadcast(const bf16* pair) {
     return _mm512_set1_epi32(both);
 }
 
+// An initialiser would make gcc fill memory beside the registers.
+template <int Rows, int Blocks>
+UNSPOOL_AVX512 inline void clear(__m512 (&sums)[Rows][Blocks]) {
+#pragma GCC unroll 24
+    for (int i = 0; i < Rows * Blocks; i++) sums[i / Blocks][i % Blocks] = _mm512_setzero_ps();
+}
+
 // Adds the products of a span of inputs to the sums. Of each pair of inputs, `Fetched` lines at `ahead` are fetched.
 template <int Rows, int Blocks, int Fetched>
 UNSPOOL_AVX512 inline void accumulate(__m512 (&sums)[Rows][Blocks], const bf16* weight, i64 pairs, const bf16* x,
@@ -136,7 +143,8 @@ UNSPOOL_AVX512 inline void finish(const Product& p, i64 block, i64 row, const __
 // All rows and all inputs of a panel. Near the panel's end, the next one is fetched.
 template <int Rows, int Blocks>
 UNSPOOL_AVX512 void whole_tile(const Product& p, i64 block, i64 row, const bf16* x) {
-    __m512 sums[Rows][Blocks] = {};
+    __m512 sums[Rows][Blocks];
+    clear(sums);
     const bf16* weight = p.weight + block * p.pairs * kLine;
     const i64 reach = std::min(p.pairs, kReach / Blocks);
     const bf16* ahead = weight + reach * kLine;
@@ -151,7 +159,8 @@ UNSPOOL_AVX512 void whole_tile(const Product& p, i64 block, i64 row, const bf16*
 template <int Rows>
 UNSPOOL_AVX512 void part_tile(const Product& p, i64 block, i64 row, const bf16* x, Span span, const bf16* ahead,
                               float* kept) {
-    __m512 sums[Rows][kPanel] = {};
+    __m512 sums[Rows][kPanel];
+    clear(sums);
     if (span.from)
         for (int i = 0; i < Rows * kPanel; i++) sums[i / kPanel][i % kPanel] = _mm512_loadu_ps(kept + i * kLanes);
     const bf16* weight = p.weight + block * p.pairs * kLine;

@@ -11,6 +11,7 @@ import logging
 import os
 import struct
 import sys
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -114,18 +115,25 @@ def _look() -> _Loaded:
 
 
 def _whole(file: Path) -> bool:
-    """Whether nothing is cut off a Linux library (ELF); loading what is cut would end the process.
+    """Whether a Linux library (ELF) is as it was built; loading another may end the process.
 
-    Its list of sections, which the header points to, comes last in the file.
+    Its list of sections, which the header points to, comes last; `setup.py` adds a checksum of all before. Tools that
+    write the library anew leave that away.
     """
-    with file.open("rb") as stream:
-        header = stream.read(64)
-    if header[:5] != b"\x7fELF\x02":
+    content = file.read_bytes()
+    if content[:5] != b"\x7fELF\x02":
         return sys.platform != "linux"
-    if len(header) < 64:
+    if len(content) < 64:
         return False
-    (start,), (size, count) = struct.unpack_from("<Q", header, 0x28), struct.unpack_from("<HH", header, 0x3A)
-    return int(start) + int(size) * int(count) <= file.stat().st_size
+    (start,), (size, count) = struct.unpack_from("<Q", content, 0x28), struct.unpack_from("<HH", content, 0x3A)
+    end = start + size * count
+    if end > len(content) or not any(content[start:end]):
+        return False
+    return len(content) == end or content[end:] == _checksum(content[:end])
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def _choose(loaded: ctypes.CDLL, lacks: dict[str, str], wanted: str) -> _Loaded:

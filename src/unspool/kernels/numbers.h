@@ -38,8 +38,14 @@ struct Bf16 {
     using Number = bf16;
     static constexpr int kParts = 2;
     UNSPOOL_TARGET static Vec load(const bf16* from, i64 there = kWidth) { return (Vec)load_bf16(from, there); }
+#if defined(UNSPOOL_PAIRED)
+    // The processor's own rounding. Numbers too small to be normal become 0, as they do in its products.
+    UNSPOOL_TARGET static void store(bf16* to, Vec x, i64 there = kWidth) { store_halves(to, halves(x), there); }
+    UNSPOOL_TARGET static Vec as_stored(Vec x) { return widened(halves(x)); }
+#else
     UNSPOOL_TARGET static void store(bf16* to, Vec x, i64 there = kWidth) { store_upper(to, rounded(x), there); }
     UNSPOOL_TARGET static Vec as_stored(Vec x) { return (Vec)upper_halves(rounded(x)); }
+#endif
     UNSPOOL_TARGET static void load_line(const bf16* from, i64 words, Vec (&parts)[kParts]) {
         const Ints both = load_ints(from, words);
         parts[0] = (Vec)(both << 16);
@@ -49,6 +55,13 @@ struct Bf16 {
         store_ints(to, (rounded(parts[0]) >> 16) | upper_halves(rounded(parts[1])), words);
     }
 };
+
+// Sums of nothing. An initialiser would make gcc fill memory beside the registers.
+template <int Rows, int Columns>
+UNSPOOL_TARGET inline void clear(Vec (&sums)[Rows][Columns]) {
+#pragma GCC unroll 48
+    for (int i = 0; i < Rows * Columns; i++) sums[i / Columns][i % Columns] = Vec{};
+}
 
 // e to the power of x, within 2 units in the last place; 0 below -104, infinity above 89, NaN of NaN.
 UNSPOOL_TARGET inline Vec exponential(Vec x) {

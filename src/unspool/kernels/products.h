@@ -100,7 +100,8 @@ struct Nibbles {
                                      Vec (&totals)[Rows][Vectors]) {
         const Table table = table_of(w.table);
         const float* x = static_cast<const float*>(steps.numbers) + group * w.group * Rows;
-        Vec sums[Rows][Vectors] = {};
+        Vec sums[Rows][Vectors];
+        clear(sums);
         lines += group * (w.group / 8) * kLine;
         for (i64 input = 0; input < w.group; input += 8, x += 8 * Rows, lines += kLine) {
             Ints pairs[4][Vectors];
@@ -196,7 +197,8 @@ UNSPOOL_TARGET inline void finish(const Weight& w, const Result& to, i64 block, 
 
 template <class Kind, int Rows, int Blocks>
 UNSPOOL_TARGET void tile(const Weight& w, const Result& to, i64 block, i64 row, const Steps& steps) {
-    Vec totals[Rows][Blocks * kSplit] = {};
+    Vec totals[Rows][Blocks * kSplit];
+    clear(totals);
     for (i64 group = 0; group < w.groups; group++)
         Kind::group(w, w.lines + block * w.stride, block, group, steps, totals);
     finish(w, to, block, row, totals);

@@ -129,6 +129,13 @@ struct Ahead {
 // gcc keeps these in registers, and not `__m512i` that is cast inside its intrinsics
 using Integers = std::int32_t __attribute__((vector_size(64)));
 
+// An initialiser would make gcc fill memory beside the registers.
+template <int Rows, int Blocks>
+UNSPOOL_QUANT inline void clear(__m512 (&sums)[Rows][Blocks]) {
+#pragma GCC unroll 24
+    for (int i = 0; i < Rows * Blocks; i++) sums[i / Blocks][i % Blocks] = _mm512_setzero_ps();
+}
+
 // Kinds of weight. `group` adds the products of a group of inputs to the totals. With `kTall` rows and two blocks, or
 // `kFlat` and four, what is added up stays in registers: of bytes sums as well as totals.
 template <int Rows, int Blocks>
@@ -176,7 +183,8 @@ struct Nibbles {
                                     const Activations& x, __m512 (&totals)[Rows][Blocks], i64 block, Ahead& ahead) {
         const __m512i table = _mm512_loadu_si512(w.table);
         const i64 count = w.group / 8, groups = w.width() / w.group;
-        __m512 sums[Rows][Blocks] = {};
+        __m512 sums[Rows][Blocks];
+        clear(sums);
         const u8* from = lines + group * count * kLine;
         const u8* steps = x.steps + group * w.group * 2 * Rows;
         for (i64 step = 0; step < count; step++, from += kLine) {
@@ -260,8 +268,7 @@ template <template <int, int> class Kind, int Rows, int Blocks>
 UNSPOOL_QUANT void tile(const QuantisedWeight& w, const Result& to, i64 block, i64 row, const Activations& x,
                         Ahead ahead) {
     __m512 totals[Rows][Blocks];
-#pragma GCC unroll 24
-    for (int i = 0; i < Rows * Blocks; i++) totals[i / Blocks][i % Blocks] = _mm512_setzero_ps();
+    clear(totals);
     const i64 stride = x.groups * w.group / w.per_line() * kLine;
     const u8* lines = w.lines + block * stride;
     for (i64 group = 0; group < x.groups; group++)

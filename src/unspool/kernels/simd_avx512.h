@@ -66,6 +66,14 @@ UNSPOOL_TARGET inline Vec load_fp16(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+#if defined(UNSPOOL_PAIRED)
+UNSPOOL_TARGET inline __m256i halves(Vec x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+UNSPOOL_TARGET inline Vec widened(__m256i x) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+UNSPOOL_TARGET inline void store_halves(std::uint16_t* to, __m256i x, i64 there) {
+    _mm256_mask_storeu_epi16(to, lanes(there), x);
+}
+#endif
+
 UNSPOOL_TARGET inline Vec from_integers(Ints x) { return _mm512_cvtepi32_ps((__m512i)x); }
 UNSPOOL_TARGET inline Ints to_integers(Vec x) { return (Ints)_mm512_cvtps_epi32(x); }
 UNSPOOL_TARGET inline std::int32_t sum_integers(Ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
