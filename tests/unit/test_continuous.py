@@ -262,6 +262,39 @@ def test_cancelling_the_reading_task_cancels_the_request(model: Any) -> None:
     asyncio.run(main())
 
 
+def test_leaving_does_not_hold_up_the_event_loop(model: Any) -> None:
+    async def main() -> None:
+        seen: list[int] = []
+
+        def waits(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            assert ready.wait(30), "another task sets it while the manager is being left"
+            return scores
+
+        async def other() -> None:
+            seen.append(1)
+            ready.set()
+
+        ready = threading.Event()
+        async with make(model) as manager:
+            name = manager.add_request(PROMPTS[0], max_new_tokens=2, logits_processor=[waits])
+            task = asyncio.create_task(other())
+        await task
+        assert manager.get_result(name).error is None
+        assert seen
+        manager = make(model)
+
+        async def breaks() -> None:
+            async with manager:
+                manager.add_request(PROMPTS[0], "one", max_new_tokens=400)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            await breaks()
+        assert manager.get_result("one").finish_reason == "cancelled"
+
+    asyncio.run(main())
+
+
 # Faults stay with the request that caused them
 
 FAULTS: dict[str, dict[str, Any]] = {

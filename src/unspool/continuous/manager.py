@@ -105,6 +105,15 @@ class ContinuousBatchingManager:
     ) -> None:
         self.stop(hard_stop=kind is not None)
 
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.stop, hard_stop=kind is not None)  # other tasks go on until it is done
+
     def __iter__(self) -> Iterator[GenerationOutput]:
         """Outputs as they come, until every request is answered and the thread has nothing more to give."""
         while self._outbox.live or self.is_running():
