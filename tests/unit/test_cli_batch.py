@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -58,16 +59,22 @@ def test_a_file_of_prompts(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert lines_of(target) == lines
 
 
-def test_a_file_of_prompts_after_a_kill(tiny_llama_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_file_of_prompts_after_a_kill(tiny_llama_dir: Path, tmp_path: Path, how: signal.Signals) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f'{{"prompt": "The fox {i}", "max_new_tokens": {1 + i * 3}}}\n' for i in range(60)))
     command = [*COMMAND, "generate", "-m", str(tiny_llama_dir), "--input", str(source), "--output", str(target)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         while not target.exists() or target.stat().st_size < 200:
             assert process.poll() is None
             time.sleep(0.01)
-        process.kill()
+        process.send_signal(how)
+        _, said = process.communicate(timeout=60)
     before = target.read_bytes()
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        done = before.count(b"\n")
+        assert said == f"unspool: interrupted after {done} lines; the same command goes on with the rest\n"
     result = unspool(*command[len(COMMAND) :])
     assert result.returncode == 0, result.stderr
     assert target.read_bytes().startswith(before[: before.rindex(b"\n") + 1])

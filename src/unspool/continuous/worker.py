@@ -251,7 +251,8 @@ class Worker:
 
     def _die(self, error: BaseException) -> None:
         """Nothing can go on: tell everybody why."""
-        logger.error("continuous batching stopped: %r", error)
+        if not isinstance(error, KeyboardInterrupt):  # who pressed the keys knows
+            logger.error("continuous batching stopped: %r", error)
         with self._changed:
             self.fatal = self.fatal or error
             arrived = list(self._arrived)
