@@ -70,6 +70,13 @@ def prompt(chance: random.Random) -> list[int]:
     return shared + [chance.randint(3, 300) for _ in range(chance.randint(1, 30))]
 
 
+def wait_for(manager: Any) -> None:
+    """Until its thread has ended, for a minute of a machine that is not asleep meanwhile."""
+    left = 120
+    while left and not manager._worker.join(0.5):
+        left -= 1
+
+
 def outputs_of(settings: dict[str, Any]) -> int:
     return int(settings.get("num_return_sequences", 1))
 
@@ -175,7 +182,8 @@ def soak(
         collect(0.01)
     with manager.pause():
         pass
-    manager.stop(timeout=60)
+    manager.stop(block=False)
+    wait_for(manager)
     assert not manager.is_running() and manager.fatal_error is None
     while collect(None):
         pass
@@ -251,7 +259,7 @@ def killed(model: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             sender.start()
         for sender in senders:
             sender.join(90)
-        manager.join(30)
+        wait_for(manager)
     assert isinstance(manager.fatal_error, Killed) and not manager.is_running()
     got: Counter[str] = Counter()
     while (output := manager.get_result(timeout=0)) is not None:

@@ -262,14 +262,12 @@ class BesideRunner:
 
     def run(self, work: list[Work], want: Want) -> Output:
         """See `Runner`."""
-        parts: dict[Runner, list[Work]] = {}
-        for item in work:
-            parts.setdefault(self._of(item.seq), []).append(item)
-        if len(parts) == 1:
-            ((runner, _),) = parts.items()
-            return runner.run(work, want)
-        lines = {runner: iter(runner.run(part, want).logits) for runner, part in parts.items()}
-        kept = [next(lines[self._of(item.seq)]) for item in work for _ in range(item.keep)]
+        told = [item for item in work if item.seq.inputs is not None]
+        if len(told) in (0, len(work)):
+            return (self._opened if told else self._paged).run(work, want)
+        seen = iter(self._opened.run(told, want).logits)
+        read = iter(self._paged.run([item for item in work if item.seq.inputs is None], want).logits)
+        kept = [next(read if item.seq.inputs is None else seen) for item in work for _ in range(item.keep)]
         return Output(torch.stack(kept), [], [])  # nothing else is wanted of modules that are not ours
 
     def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
