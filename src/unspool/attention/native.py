@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,7 +63,7 @@ class NativeAttention:
             for index, group in enumerate(store.groups)
         ]
 
-    def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, Span]]) -> bool:
+    def advance(self, lengths: Sequence[int], changed: Sequence[tuple[int, Span]]) -> bool:
         """Make it the attention of the next step, in which the same rows have one new token each.
 
         Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,15 +87,15 @@ class Steady:
         if work != self._work:
             return None
         rows = [item.seq for item in work]
-        positions = np.array([row.computed for row in rows], dtype=np.int64)
+        positions = [row.computed for row in rows]
         tables, before = [row.blocks for row in rows], self._tables
         changed = [(i, rows[i]) for i, (new, old) in enumerate(zip(tables, before, strict=True)) if new is not old]
         attend, self._tables = self._batch.attend, tables
         assert isinstance(attend, NativeAttention)
-        if not attend.advance(positions + 1, changed):
+        if not attend.advance([place + 1 for place in positions], changed):
             return None
         adapters = self._batch.adapters
-        return Batch(_tokens(work, device), torch.from_numpy(positions), attend, adapters=adapters)
+        return Batch(_tokens(work, device), torch.tensor(positions, device=device), attend, adapters=adapters)
 
 
 def _tokens(work: list[Work], device: torch.device) -> Tensor:

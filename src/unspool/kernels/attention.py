@@ -12,9 +12,9 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from functools import cache
+from operator import gt, lt
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,6 +24,7 @@ __all__ = ["Plan", "Pools", "fits"]
 
 _DTYPES = {torch.bfloat16: 2, torch.float32: 4}
 _MOST_DIM = 256
+_HEAD, _ROW = 3, 4  # numbers of a plan before its rows, and of a row; see `attention.h`
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 # Strides are declared as pointers too, which is the cheaper conversion; both have 64 bits.
 _ARGUMENTS = (_POINTER,) * 2 + (_INT,) * 4 + (_POINTER,) * 9 + (_FLOAT,) * 2 + (_INT,)
@@ -62,9 +63,8 @@ class Plan:
         "_block",
         "_caps",
         "_ends",
+        "_lengths",
         "_memory",
-        "_numbers",
-        "_rows",
         "_slots",
         "_tables",
         "_window",
@@ -107,15 +107,13 @@ class Plan:
         # An array of Python's own is made from a list of numbers much faster than numpy's.
         self._memory = array("q", plan + blocks)
         self._address, _ = self._memory.buffer_info()
-        self._numbers = np.frombuffer(self._memory, dtype=np.int64)
-        self._rows = self._numbers[3 : len(plan)].reshape(-1, 4)
-        used = self._numbers[len(plan) :]
+        used = np.frombuffer(self._memory, dtype=np.uint64)[len(plan) :]
         self._tables = self._address + 8 * len(plan)
         self._block, self._window = block_size, window
-        self._ends, self._caps = ends, np.array(caps, dtype=np.int64)
-        most = int(used.view(np.uint64).max())  # of which a negative number is the greatest
+        self._ends, self._caps, self._lengths = ends, caps, list(lengths)
+        most = int(used.max())  # of which a negative number is the greatest
         if most >= 1 << 63:
-            raise ValueError(f"a row has the block {int(used.min())}; blocks are counted from 0")
+            raise ValueError(f"a row has the block {most - (1 << 64)}; blocks are counted from 0")
         self._slots = (most + 1) * block_size
 
     @property
@@ -131,9 +129,9 @@ class Plan:
     @property
     def room(self) -> int:
         """How many more tokens every row's blocks can take."""
-        return int((self._caps - self._rows[:, 0]).min())
+        return min(cap - length for cap, length in zip(self._caps, self._lengths, strict=True))
 
-    def advance(self, lengths: npt.NDArray[np.int64], changed: Sequence[tuple[int, list[int]]]) -> bool:
+    def advance(self, lengths: Sequence[int], changed: Sequence[tuple[int, list[int]]]) -> bool:
         """Make it the plan of a later step, in which the same rows have one new token each.
 
         Args:
@@ -143,19 +141,21 @@ class Plan:
         Returns:
             Whether it could be; if not, make a new plan.
         """
-        rows, first = self._rows, 3 + 4 * len(self._rows)
+        memory, rows = self._memory, len(self._lengths)
+        first = _HEAD + _ROW * rows
         for place, table in changed:
-            begin = int(rows[place, 3])
-            seen = _seen(int(lengths[place]), 1, self._window, self._block)
+            begin = memory[_HEAD + _ROW * place + 3]
+            seen = _seen(lengths[place], 1, self._window, self._block)
             blocks = table[seen:]
             if begin + len(table) > self._ends[place] or min(blocks, default=-1) < 0:
                 return False
-            self._numbers[first + begin + seen : first + begin + len(table)] = blocks
+            memory[first + begin + seen : first + begin + len(table)] = array("q", blocks)
             self._caps[place] = len(table) * self._block
             self._slots = max(self._slots, (max(blocks) + 1) * self._block)
-        if bool((lengths > self._caps).any()) or bool((lengths < rows[:, 0]).any()):
+        if any(map(gt, lengths, self._caps)) or any(map(lt, lengths, self._lengths)):
             return False
-        rows[:, 0] = lengths
+        self._lengths = list(lengths)
+        memory[_HEAD:first:_ROW] = array("q", lengths)
         return True
 
     def attend(

@@ -27,18 +27,22 @@ class Rectangle:
         self.filler = filler
         self._ids = torch.full((prompts.shape[0], max(capacity, self.width)), filler, device=prompts.device)
         self._ids[:, : self.width] = prompts
+        self._added: list[tuple[Tensor, Tensor | None]] = []
 
     def ids(self, rows: Tensor | None = None) -> Tensor:
         """`[rows, width]`, a contiguous copy for the given row numbers, or for all."""
+        for column, (tokens, places) in enumerate(self._added, self.width - len(self._added)):
+            if places is None:
+                self._ids[:, column] = tokens
+            else:
+                self._ids[places, column] = tokens
+        self._added.clear()
         ids = self._ids[:, : self.width]
         return ids.contiguous() if rows is None else ids[rows]
 
     def append(self, tokens: Tensor, rows: Tensor | None = None) -> None:
         """Add one column: `tokens` at the given row numbers (default all), the filler elsewhere."""
-        if rows is None:
-            self._ids[:, self.width] = tokens
-        else:
-            self._ids[rows, self.width] = tokens
+        self._added.append((tokens, rows))  # written when somebody looks, which few do
         self.width += 1
 
 
@@ -51,7 +55,6 @@ class SampleChooser:
     Args:
         history: the columns that `process` sees; this chooser appends to them.
         process: logits processors, or `None` when there are none.
-        reads_history: `process` needs the columns' contents.
         noise: where sampling noise comes from; `None` chooses greedily.
         keep_scores, keep_logits: hand the processed scores, the raw logits on with the choice.
     """
@@ -70,7 +73,9 @@ class SampleChooser:
         self._noise = noise
         self._keep_scores = keep_scores
         self._keep_logits = keep_logits
-        self._rows = history.ids().shape[0]
+        self._reads = process is not None and process.reads_width
+        before = history.ids()
+        self._rows, self._nothing = before.shape[0], before.new_empty(1, 0)
 
     def choose(self, logits: Tensor, rows: Items[Sequence]) -> Choice:
         """Decide one token for each of `rows` from `logits` `[rows, vocab]`; see `Chooser`."""
@@ -80,15 +85,17 @@ class SampleChooser:
         scores = logits if plain else logits.float()
         raw = (scores.clone() if self._process else scores) if self._keep_logits else None
         if self._process is not None:
-            ids = self.history.ids(places)
+            ids = self.history.ids(places) if self._reads else self._nothing.expand(len(rows), 0)
             scores = self._process(ids, scores) if places is None else self._process.on_rows(ids, scores, places)
         if self._noise is None:
             found = greatest(scores)
         else:
             found = self._noise.draw(scores.softmax(dim=-1), rows)
-        tokens = found.clamp_min(0)
+        # A step on a CPU is committed, and refuses -1, before anything looks at its tokens.
+        seen = found if found.device.type == "cpu" else found.clamp_min(0)
         ended = [row.finish is not None for row in rows]
         if any(ended):
-            tokens = tokens.masked_fill(torch.tensor(ended, device=tokens.device), self.history.filler)
-        self.history.append(tokens, places)
-        return Choice(tokens.where(found >= 0, -1), scores if self._keep_scores else None, raw)
+            seen = seen.masked_fill(torch.tensor(ended, device=seen.device), self.history.filler)
+        self.history.append(seen, places)
+        tokens = seen if seen is found else seen.where(found >= 0, -1)
+        return Choice(tokens, scores if self._keep_scores else None, raw)
