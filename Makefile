@@ -12,8 +12,9 @@ PYTEST_ARGS ?=
 PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses=4
 
 # The parity core, which the oldest transformers is tested with too.
-OLDEST_TESTS := $(addprefix tests/parity/test_,$(addsuffix .py,adapters architectures auto_classes generate \
-	generate_beams generate_inputs interop models_logits own_modules quantised_checkpoints ragged seed_pages trainers))
+OLDEST_TESTS := $(addprefix tests/parity/test_,$(addsuffix .py,adapters architectures auto_classes caches \
+	continuous_rows generate generate_beams generate_caches generate_inputs interop models_logits own_modules \
+	quantised_checkpoints ragged seed_pages streaming_transformers trainers unseen))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

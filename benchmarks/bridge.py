@@ -8,8 +8,8 @@ Both sides run the same module in one process, in turn; see `modes.py`, whose wa
 are the rows tier on small models, where what a step costs besides the module shows most.
 
 `sweep` goes over all architectures (or those named) on tiny shapes, with one thread, in the tier that they take and,
-for those that run ragged, in rows too. It prints two ratios: of the least time that each part of a call took in all
-rounds, which others on the machine disturb least, and the median of the process's time; and at last the ten slowest.
+for those that run ragged, in rows too. It prints two ratios of the process's own time: of the least that each part of a
+call took in all rounds, which others on the machine disturb least, and the median; and at last the ten slowest.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def sweep(names: list[str], rounds: int, new: int) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     found: list[tuple[float, str]] = []
-    print(f"{'':<32} least  median of process time")
+    print(f"{'':<32} least  median")
     for architecture in ARCHITECTURES:
         if names and architecture.model_type not in names:
             continue
@@ -104,7 +104,7 @@ def turns(model: Any, pair: Pair, rounds: int) -> tuple[float, float]:
     """Their time over ours: in the least disturbed parts of all rounds, and in the median round.
 
     The parts of a call are its forward passes and what lies between them. Each is taken from the round in which it was
-    shortest, so that a machine that others use says as much as a quiet one.
+    shortest, and time is the process's own, so that a machine that others use says as much as a quiet one.
     """
     stamps: list[float] = []
     original = torch.nn.Module.__call__
@@ -112,9 +112,9 @@ def turns(model: Any, pair: Pair, rounds: int) -> tuple[float, float]:
     def stamped(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not model:
             return original(self, *args, **kwargs)
-        stamps.append(time.perf_counter())
+        stamps.append(time.process_time())
         result = original(self, *args, **kwargs)
-        stamps.append(time.perf_counter())
+        stamps.append(time.process_time())
         return result
 
     shortest: list[list[float]] = [[], []]
@@ -123,12 +123,12 @@ def turns(model: Any, pair: Pair, rounds: int) -> tuple[float, float]:
     try:
         for one in range(-1, rounds):
             for which in (0, 1) if one % 2 else (1, 0):
-                begun, stamps[:] = time.process_time(), [time.perf_counter()]
+                stamps[:] = [time.process_time()]
                 pair[which]()
-                stamps.append(time.perf_counter())
+                stamps.append(time.process_time())
                 parts = [after - before for before, after in pairwise(stamps)]
                 if one >= 0:  # the first made ready
-                    spent[which].append(time.process_time() - begun)
+                    spent[which].append(stamps[-1] - stamps[0])
                     shortest[which] = list(map(min, parts, shortest[which] or parts))
     finally:
         torch.nn.Module.__call__ = original  # type: ignore[method-assign]

@@ -140,8 +140,10 @@ class Cohort:
         name = type(foreign.module).__name__
         columns = ids.shape[1]
         places = inputs.get("position_ids")
-        if places is not None and not torch.equal(
-            places[..., :columns], torch.arange(columns, device=ids.device)[None]
+        told = torch.arange(columns + 1, device=ids.device)[None]
+        # of all columns, or (transformers 5.2) of the next one alone
+        if places is not None and not (
+            torch.equal(places[..., :columns], told[:, :columns]) or torch.equal(places, told[:, columns:])
         ):
             raise Unsupported(f"{name} counts positions in its own way")
         settings: dict[str, Any] = {"cache_position": None} if "cache_position" in inputs else {}
