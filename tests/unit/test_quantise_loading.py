@@ -112,6 +112,42 @@ def test_the_storyteller_loses_little() -> None:
         assert float((chosen == tops).float().mean()) >= same
 
 
+def test_products_of_codes_are_those_of_the_weights_that_they_stand_for() -> None:
+    """Layer by layer, with what each gets from the others, and all together, against fp32."""
+    torch.manual_seed(0)
+    plain, tokenizer = unspool.load("storyteller", dtype="bfloat16")
+    prompt = tokenizer([TEXT] * 4, return_tensors="pt")
+    text = plain.generate(**prompt, max_new_tokens=120, do_sample=True, top_k=0, top_p=1.0)
+    for quantize, allowed in (("int8", 0.02), ("int4", 0.01), ("nf4", 0.01)):
+        model, _ = unspool.load("storyteller", dtype="bfloat16", quantize=quantize)
+        packed = {name: m._packed for name, m in model.named_modules() if isinstance(m, Linear)}
+        weights = {name: dequantise(form.code, form._read(slice(0, form.outputs))) for name, form in packed.items()}
+        exact = build(model.config, dtype=torch.float32)
+        state = {key: value.float() for key, value in model.state_dict().items()}
+        state |= {f"{name}.weight": weight for name, weight in weights.items()}
+        state["embedding.weight"] = weights["lm_head"]
+        exact.load_state_dict(state)
+        errors: dict[str, float] = {}
+
+        def compare(name: str, x: Tensor, packed: Any = packed, weights: Any = weights, errors: Any = errors) -> None:
+            x = x.flatten(0, -2).bfloat16()
+            expected = x.float() @ weights[name].T
+            errors[name] = float((packed[name].product(x, None).float() - expected).norm() / expected.norm())
+
+        for name, module in exact.eval().named_modules():
+            if isinstance(module, Linear):
+                module.register_forward_pre_hook(lambda _, args, name=name, compare=compare: compare(name, args[0]))
+        with torch.inference_mode():
+            expected, got = exact(text).logits.float(), model(text).logits.float()
+        assert errors.keys() == weights.keys()
+        assert max(errors.values()) < allowed, (quantize, errors)
+        assert (got - expected).norm() < 0.03 * expected.norm()
+        losses = [
+            torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1), text[:, 1:].flatten()) for x in (got, expected)
+        ]
+        assert abs(losses[0] - losses[1]) < 0.005  # of the perplexity
+
+
 def test_a_tied_head_shares_its_quantised_weight_with_the_embedding() -> None:
     model, tokenizer = unspool.load("storyteller", quantize="int4")
     assert model.tied
