@@ -19,7 +19,7 @@ namespace unspool::UNSPOOL_LEVEL::attention {
 namespace {
 
 constexpr i64 kSlice = 64;             // tokens that are packed together for many rows
-constexpr i64 kFewTokens = 16;         // and for few
+constexpr i64 kFewTokens = 16;         // and gone through together for few
 constexpr i64 kAhead = 32;             // tokens to fetch ahead of use
 constexpr i64 kFewQueries = 16;        // of a row: its chunks may be answered by different threads
 constexpr i64 kManyRows = 8 * kTall;   // about so many rows share packed keys and values
@@ -157,10 +157,58 @@ void each_slice(const Task& task, const Item& item, Span span, const Work& work)
         for (i64 head = 0; head < item.count; head++) work(span.within(at, at + task.slice()), head);
 }
 
+// One tile of rows.
+template <class F>
+void score_few(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
+    using Number = typename F::Number;
+    const i64 rows = task.count * step.fold();
+    each_slice(task, item, span, [&](Span slice, i64 head) {
+        const auto* keys = static_cast<const Number*>(step.keys) + (item.first + head) * step.dim;
+        const auto* values = static_cast<const Number*>(step.values) + (item.first + head) * step.dim;
+        const Groups groups = slice.groups();
+        by_rows(rows, [&](auto constant) {
+            for (i64 group = groups.from; group < groups.to; group++)
+                score_group<F, decltype(constant)::value>(
+                    s.queries + head * rows * kPitch, keys + step.slot(*task.row, group * kWidth) * step.stride(),
+                    step.stride(), step.dim, fetched(step, task, group * kWidth, span, keys, values), step.scale,
+                    s.weights + head * rows * kPitch + group * kWidth - span.chunk());
+        });
+    });
+}
+
+template <class F>
+void mix_few(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
+    using Number = typename F::Number;
+    const i64 rows = task.count * step.fold(), width = padded<F>(step.dim);
+    each_slice(task, item, span, [&](Span slice, i64 head) {
+        const auto* values = static_cast<const Number*>(step.values) + (item.first + head) * step.dim;
+        const Groups groups = slice.groups();
+        const float* weights = s.weights + head * rows * kPitch + (groups.from * kWidth - span.chunk()) / F::kTokens;
+        float* mixed = s.mixed + head * rows * width;
+        by_rows(rows, [&](auto constant) {
+            constexpr int kRows = decltype(constant)::value, kMost = 2 * kRows * F::kParts <= kFloatSums ? 2 : 1;
+            const auto pass = [&](auto count, i64 i) {
+                const auto where = [&](i64 group) {
+                    const Number* from = values + i * line<F>();
+                    return std::pair(from + step.slot(*task.row, group * kWidth) * step.stride(),
+                                     fetched(step, task, group * kWidth, span, from, from));
+                };
+                mix_groups<F, kRows, decltype(count)::value>(weights, groups.from, groups.to, task.from, task.to, where,
+                                                             step.stride(), words<F>(step.dim, i), width,
+                                                             mixed + i * line<F>());
+            };
+            i64 i = 0;
+            for (; kMost == 2 && (i + 2) * line<F>() <= step.dim; i += 2) pass(std::integral_constant<int, kMost>{}, i);
+            for (; i < lines<F>(step.dim); i++) pass(std::integral_constant<int, 1>{}, i);
+        });
+    });
+}
+
 template <class F>
 void score_chunk(const Step& step, const Task& task, const Item& item, Span span, const Scratch& s) {
     using Number = typename F::Number;
     const Tiles tiles(task.count * step.fold());
+    if (tiles.count == 1) return score_few<F>(step, task, item, span, s);
     const i64 size = key_words<F>(step.dim) * kWidth;
     each_slice(task, item, span, [&](Span slice, i64 head) {
         const auto* keys = static_cast<const Number*>(step.keys) + (item.first + head) * step.dim;
@@ -204,6 +252,7 @@ void mix_chunk(const Step& step, const Task& task, const Item& item, Span span, 
     const Tiles tiles(task.count * step.fold());
     const i64 width = padded<F>(step.dim), size = kWidth / F::kTokens * width;
     std::fill(s.mixed, s.mixed + item.count * tiles.rows * width, 0.0f);
+    if (tiles.count == 1) return mix_few<F>(step, task, item, span, s);
     each_slice(task, item, span, [&](Span slice, i64 head) {
         const auto* values = static_cast<const Number*>(step.values) + (item.first + head) * step.dim;
         const Groups groups = slice.groups();

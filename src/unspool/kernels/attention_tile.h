@@ -37,23 +37,15 @@ struct Single : T {
         for (i64 i = 0; i < dim; i += kWidth) UNSPOOL_LEVEL::store(to + i, T::load(from + i));
     }
 
-    // A vector of words of as many tokens, transposed: those of so many or of twice as many numbers.
-    UNSPOOL_TARGET static void store_keys(const Ints (&lines)[kWidth], float* to) {
-        for (i64 i = 0; i < kWidth; i++) {
-            if constexpr (T::kParts == 2) {
-                store_ints(to + 2 * i * kWidth, lines[i] << 16);
-                store_ints(to + (2 * i + 1) * kWidth, upper_halves(lines[i]));
-            } else {
-                store_ints(to + i * kWidth, lines[i]);
-            }
-        }
+    // Of 32 bits of as many tokens' keys, one of the words.
+    UNSPOOL_TARGET static Vec key(Ints bits, int word) {
+        if constexpr (T::kParts == 2) return (Vec)(word ? upper_halves(bits) : bits << 16);
+        return (Vec)bits;
     }
 
     // A line of a token's values.
-    UNSPOOL_TARGET static void pack_values(const typename T::Number* from, i64, i64 words, i64, float* to) {
-        Vec parts[T::kParts];
+    UNSPOOL_TARGET static void values(const typename T::Number* from, i64, i64 words, i64, Vec (&parts)[T::kParts]) {
         T::load_line(from, words, parts);
-        for (int i = 0; i < T::kParts; i++) UNSPOOL_LEVEL::store(to + i * kWidth, parts[i]);
     }
 
     // Weights of a group; gives them as they are stored.
@@ -76,15 +68,13 @@ struct Paired : Bf16 {
         std::memcpy(to, from, static_cast<std::size_t>(dim) * sizeof(bf16));
     }
 
-    UNSPOOL_TARGET static void store_keys(const Ints (&lines)[kWidth], float* to) {
-        for (i64 i = 0; i < kWidth; i++) store_ints(to + i * kWidth, lines[i]);
-    }
+    UNSPOOL_TARGET static Vec key(Ints bits, int) { return (Vec)bits; }
 
     // A line of two tokens' values, at even and at odd places.
-    UNSPOOL_TARGET static void pack_values(const bf16* from, i64 stride, i64 first, i64 second, float* to) {
+    UNSPOOL_TARGET static void values(const bf16* from, i64 stride, i64 first, i64 second, Vec (&parts)[kParts]) {
         const Ints a = load_ints(from, first), b = load_ints(from + stride, second);
-        store_ints(to, (a & set_ints(0xffff)) | (b << 16));
-        store_ints(to + kWidth, (a >> 16) | upper_halves(b));
+        parts[0] = (Vec)((a & set_ints(0xffff)) | (b << 16));
+        parts[1] = (Vec)((a >> 16) | upper_halves(b));
     }
 
     UNSPOOL_TARGET static Vec store_weights(float* row, i64 group, Vec weights) {
@@ -97,6 +87,8 @@ struct Paired : Bf16 {
 
 // A vector of values is worked on as fp32 numbers in parts of lines, zeros at its end.
 template <class F> constexpr i64 line() { return F::kParts * kWidth; }
+// Words of a key in 32 bits of it.
+template <class F> constexpr int together() { return F::kParts / F::kDims; }
 template <class F> constexpr i64 lines(i64 dim) { return (dim + line<F>() - 1) / line<F>(); }
 template <class F> constexpr i64 padded(i64 dim) { return lines<F>(dim) * line<F>(); }
 template <class F> constexpr i64 words(i64 dim, i64 number) {
@@ -107,8 +99,9 @@ template <class F> constexpr i64 key_words(i64 dim) { return padded<F>(dim) / F:
 
 // ---- Packing ----------------------------------------------------------------------------------------------------
 
-// Into the second level of the cache: what waits for the memory must not stop the loads from the first.
-inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+// Into the second level of the cache: what waits for the memory must not stop the loads from the first. gcc takes a call
+// that is not inlined at once for one without effect.
+inline __attribute__((always_inline)) void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 // As many tokens' keys as a vector has numbers, to [words][tokens]; tokens are `stride` numbers apart. Meanwhile those at `ahead` are fetched.
 template <class F>
@@ -123,7 +116,9 @@ UNSPOOL_TARGET void pack_keys(const typename F::Number* keys, i64 stride, i64 di
             fetch(ahead + token * stride + i * line<F>());
         }
         transpose(x);
-        F::store_keys(x, to);
+        for (i64 j = 0; j < kWidth; j++)
+            for (int word = 0; word < together<F>(); word++)
+                store(to + (j * together<F>() + word) * kWidth, F::key(x[j], word));
     }
 }
 
@@ -136,7 +131,9 @@ UNSPOOL_TARGET void pack_values(const typename F::Number* values, i64 stride, i6
         for (i64 i = 0; i < lines<F>(dim); i++, to += line<F>()) {
             const i64 all = words<F>(dim, i);
             const i64 place = token * stride + i * line<F>();
-            F::pack_values(values + place, stride, there(token, all), there(token + 1, all), to);
+            Vec parts[F::kParts];
+            F::values(values + place, stride, there(token, all), there(token + 1, all), parts);
+            for (int part = 0; part < F::kParts; part++) store(to + part * kWidth, parts[part]);
             for (int t = 0; t < F::kTokens; t++) fetch(ahead + place + t * stride);
         }
 }
@@ -252,6 +249,94 @@ UNSPOOL_TARGET void mix(const float* weights, const float* values, i64 count, i6
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) store(mixed + r * size + v * kWidth, sums[r][v]);
+}
+
+// ---- Few rows, for which nothing is packed, since nobody else would use it ---------------------------------------
+
+// Adds `there` words of 32 bits of a line of a group of tokens' keys, `stride` numbers apart, to the rows' products.
+template <class F, int Rows>
+UNSPOOL_TARGET inline __attribute__((always_inline)) void score_line(const float* queries, const typename F::Number* keys,
+                                                                     i64 stride, i64 there,
+                                                                     const typename F::Number* ahead, Vec (&sums)[Rows]) {
+    Ints x[kWidth];
+#pragma GCC unroll 16
+    for (int token = 0; token < kWidth; token++) {
+        x[token] = there == kWidth ? load_ints(keys + token * stride) : load_ints(keys + token * stride, there);
+        fetch(ahead + token * stride);
+    }
+    transpose(x);
+#pragma GCC unroll 16
+    for (int j = 0; j < there; j++)
+        for (int word = 0; word < together<F>(); word++) {
+            const Vec key = F::key(x[j], word);
+#pragma GCC unroll 12
+            for (int r = 0; r < Rows; r++)
+                sums[r] = F::add(sums[r], key, set(queries[r * kPitch + j * together<F>() + word]));
+        }
+}
+
+// Scores of some rows for a group of tokens.
+template <class F, int Rows>
+UNSPOOL_TARGET void score_group(const float* queries, const typename F::Number* keys, i64 stride, i64 dim,
+                                const typename F::Number* ahead, const Scale& scale, float* scores) {
+    Vec sums[Rows] = {};
+    const i64 whole = dim / line<F>() * line<F>(), rest = words<F>(dim, dim / line<F>());
+    for (i64 i = 0; i < whole; i += line<F>())
+        score_line<F, Rows>(queries + i / F::kDims, keys + i, stride, kWidth, ahead + i, sums);
+    if (rest) score_line<F, Rows>(queries + whole / F::kDims, keys + whole, stride, rest, ahead + whole, sums);
+    for (int r = 0; r < Rows; r++) store(scores + r * kPitch, scale(sums[r]));
+}
+
+// Adds some lines of a group of tokens' values by weight to the rows' sums; tokens outside [first, last) count as 0.
+template <class F, int Rows, int Lines>
+UNSPOOL_TARGET inline __attribute__((always_inline)) void mix_group(
+    const float* weights, const typename F::Number* values, i64 stride, i64 there, i64 first, i64 last,
+    const typename F::Number* ahead, Vec (&sums)[Rows][Lines][F::kParts]) {
+    for (i64 token = 0; token < kWidth; token += F::kTokens, weights++) {
+        Vec value[Lines][F::kParts];
+#pragma GCC unroll 2
+        for (int i = 0; i < Lines; i++) {
+            const i64 place = token * stride + i * line<F>(), next = token + 1;
+            F::values(values + place, stride, token >= first && token < last ? there : 0,
+                      next >= first && next < last ? there : 0, value[i]);
+#pragma GCC unroll 2
+            for (int t = 0; t < F::kTokens; t++) fetch(ahead + place + t * stride);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; r++) {
+            const Vec word = set(weights[r * kPitch]);
+#pragma GCC unroll 4
+            for (int v = 0; v < Lines * F::kParts; v++) {
+                Vec& sum = sums[r][v / F::kParts][v % F::kParts];
+                sum = F::add(sum, value[v / F::kParts][v % F::kParts], word);
+            }
+        }
+    }
+}
+
+// Adds some lines of the values of the groups [from, to) by weight to `mixed`; tokens outside [begin, end) count as 0.
+// `where(group)` gives a group's values and what to fetch meanwhile. A line that is not whole comes alone.
+template <class F, int Rows, int Lines, class Where>
+UNSPOOL_TARGET void mix_groups(const float* weights, i64 from, i64 to, i64 begin, i64 end, const Where& where, i64 stride,
+                               i64 there, i64 size, float* mixed) {
+    Vec sums[Rows][Lines][F::kParts];
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < Lines * F::kParts; v++) sums[r][v / F::kParts][v % F::kParts] = load(mixed + r * size + v * kWidth);
+    for (i64 group = from; group < to; group++, weights += kWidth / F::kTokens) {
+        const i64 first = begin - group * kWidth, last = end - group * kWidth;
+        const auto [values, ahead] = where(group);
+        if (first <= 0 && last >= kWidth && there == kWidth)
+            mix_group<F, Rows, Lines>(weights, values, stride, kWidth, 0, kWidth, ahead, sums);
+        else
+            mix_group<F, Rows, Lines>(weights, values, stride, there, first, last, ahead, sums);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < Lines * F::kParts; v++)
+            store(mixed + r * size + v * kWidth, sums[r][v / F::kParts][v % F::kParts]);
 }
 
 // ---- By the number of rows --------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ UNSPOOL_QUANT inline __m512i broadcast(const u8* step) {
 
 // Into the first level of the cache (3) or the second (2).
 template <int Level>
-inline void fetch(const u8* line) { __builtin_prefetch(line, 0, Level); }
+inline __attribute__((always_inline)) void fetch(const u8* line) { __builtin_prefetch(line, 0, Level); }
 
 // What to fetch from memory meanwhile: so many lines of the next panel with every line of this one.
 struct Ahead {
