@@ -23,7 +23,7 @@ from unspool.attention.registry import paged_attention
 from unspool.cache.paged import PagedStore
 from unspool.decode.runner import PagedRunner
 from unspool.decode.sequence import Group, Sequence, Want, Work
-from unspool.kernels import native, program
+from unspool.kernels import native, program, structs
 from unspool.kernels.attention import Plan, Pools
 from unspool.kernels.best import best
 from unspool.kernels.elementwise import add_rms_norm, norm_heads, rms_norm, silu_gate, turn as rotate
@@ -41,16 +41,23 @@ PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [0, 0, 0, 20, 21, 22, 23, 2
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each step, whether it was one call."""
+    """For each step, whether it was one call, with what stands before and after the layers or without."""
     seen: list[bool] = []
-    run = CompiledLayers.run
+    run, step = CompiledLayers.run, CompiledLayers.step
 
     def watched(self: CompiledLayers, *args: Any) -> Any:
         out = run(self, *args)
         seen.append(out is not None)
         return out
 
+    def watched_step(self: CompiledLayers, *args: Any) -> Any:
+        out = step(self, *args)
+        if out is not None:
+            seen.append(True)
+        return out
+
     monkeypatch.setattr(CompiledLayers, "run", watched)
+    monkeypatch.setattr(CompiledLayers, "step", watched_step)
     return seen
 
 
@@ -74,6 +81,7 @@ def logits(model: Any, ids: torch.Tensor = PROMPTS, **options: Any) -> torch.Ten
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch, model: Any, *args: Any, **options: Any) -> torch.Tensor:
     with monkeypatch.context() as patched:
         patched.setattr(CompiledLayers, "run", lambda *_: None)
+        patched.setattr(CompiledLayers, "step", lambda *_: None)
         return logits(model, *args, **options)
 
 
@@ -549,7 +557,7 @@ def test_structs_lie_as_in_the_header(name: str, tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     header = Path(program.__file__).with_name("program.h")
-    struct: type[ctypes.Structure] = getattr(program, f"_{name}")
+    struct: type[ctypes.Structure] = getattr(structs, name)
     offsets = [getattr(struct, field[0]).offset for field in struct._fields_]
     lines = [f"static_assert(sizeof(unspool::{name}) == {ctypes.sizeof(struct)});"]
     fields = zip(fields_of(header, name), offsets, strict=True)
@@ -557,3 +565,49 @@ def test_structs_lie_as_in_the_header(name: str, tmp_path: Path) -> None:
     source = tmp_path / "layout.cpp"
     source.write_text(f'#include "{header}"\n#include <cstddef>\n' + "\n".join(lines))
     subprocess.run([compiler, "-std=c++20", "-fsyntax-only", str(source)], check=True)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_a_step_from_the_tokens_on(kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(written(tmp_path, "llama"), kind)
+    steps: list[bool] = []
+    step = CompiledLayers.step
+
+    def watched(self: CompiledLayers, *args: Any) -> Any:
+        out = step(self, *args)
+        steps.append(out is not None)
+        return out
+
+    monkeypatch.setattr(CompiledLayers, "step", watched)
+    prompt = torch.arange(40)[None] % 60 + 3
+    whole = logits(model, prompt)
+    assert sum(steps) >= 10
+    assert torch.equal(whole, layer_by_layer(monkeypatch, model, prompt))
+    for part in (model.lm_head, model.embedding):
+        handle = part.register_forward_hook(lambda _, __, out: out * 2)
+        steps.clear()
+        assert not torch.equal(logits(model, prompt), whole)
+        assert not any(steps)
+        handle.remove()
+        assert torch.equal(logits(model, prompt), whole)
+        assert any(steps)
+
+
+def test_steps_of_tokens_and_positions_that_there_are_not(tmp_path: Path) -> None:
+    model = load(written(tmp_path, "llama"), "int8")
+    runner, rows = rows_of(model, [[5, 6, 7]])
+    with torch.no_grad():
+        attend = paged_attention(runner.store, rows, [1])
+    ends, last = (model.embedding, model.lm_head), model.spec.vocab_size - 1
+
+    def step(token: int, position: int) -> Any:
+        batch = Batch(torch.tensor([token]), torch.tensor([position]), attend)
+        with torch.no_grad():
+            return model._compiled.step(model.layers, model.norm, ends, batch, model.rotary)
+
+    known = len(model.rotary.table(1, torch.bfloat16).cos)
+    assert step(last, known - 1) is not None
+    assert step(last + 1, 0) is None
+    assert step(-1, 0) is None
+    assert step(0, known) is None
+    assert step(0, -1) is None

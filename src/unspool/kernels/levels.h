@@ -47,6 +47,10 @@ namespace dotprod { extern const Kernels kernels; }
 // The level in use; chosen once, before any kernel runs.
 extern const Kernels* chosen;
 
+// The weight of the product after the one that this thread is about to call, or null: its beginning may be fetched from
+// memory meanwhile.
+extern thread_local const QuantisedWeight* coming;
+
 // Products by AVX-512 VNNI and BF16 (linear.cpp, quantised.cpp).
 void linear_avx512_bf16(const PackedWeight* weight, const bf16* x, i64 stride, const bf16* bias, bf16* y, i64 rows,
                         int threads);

@@ -23,7 +23,7 @@ __all__ = ["active", "describe", "function", "level", "library"]
 logger = logging.getLogger(__name__)
 
 # As `unspool_interface` in native.cpp.
-_INTERFACE = 7
+_INTERFACE = 8
 # Levels of native.cpp: instructions of x86 and of ARM processors.
 _WORDS = {
     "avx2": "AVX2",

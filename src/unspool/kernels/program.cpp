@@ -50,6 +50,22 @@ struct Machine {
                               s.pools[2 * o.number], s.pools[2 * o.number + 1], write(o.to), o.first, o.second, threads);
     }
 
+    // All of them. Returns 0, or 1 where memory ran out.
+    int run(const Operation* operations, i64 count) const {
+        int failed = 0;
+        for (i64 i = 0; i < count && !failed; i++) {
+            if (operations[i].kind == Kind::quantised) {
+                const Operation* end = operations + count;
+                const Operation* next =
+                    std::find_if(operations + i + 1, end, [](const Operation& o) { return o.kind == Kind::quantised; });
+                coming = next == end ? nullptr : static_cast<const QuantisedWeight*>(next->weight);
+            }
+            failed = run(operations[i]);
+        }
+        coming = nullptr;
+        return failed;
+    }
+
     int run(const Operation& o) const {
         switch (o.kind) {
             case Kind::norm:  // `from` [width] by `weight`; `first` is epsilon
@@ -98,9 +114,13 @@ struct Continuing {
     i64 count;
     const Continuation& c;
 
-    // The rows' tokens and positions, as a step takes them.
-    void feed(const i64* tokens) const {
+    // The rows' tokens and positions, as a step takes them; false where there are none such.
+    bool feed(const i64* tokens) const {
         const int threads = machine.threads;
+        for (i64 row = 0; row < c.rows; row++) {
+            if (tokens[row] < 0 || tokens[row] >= c.vocab) return false;
+            if (c.cos && (c.positions[row] < 0 || c.positions[row] >= c.known)) return false;
+        }
         if (c.form == 1)
             unspool_quantised_rows(static_cast<const QuantisedWeight*>(c.embedding), tokens, c.rows, c.input,
                                    machine.bytes == 4, threads);
@@ -112,12 +132,18 @@ struct Continuing {
             std::memcpy(static_cast<u8*>(c.input) + row * whole, static_cast<const u8*>(c.embedding) + tokens[row] * whole,
                         static_cast<std::size_t>(whole));
         const i64 width = machine.s.turned * machine.bytes;
-        for (i64 row = 0; row < c.rows; row++) {
+        for (i64 row = 0; row < c.rows && c.cos; row++) {
             std::memcpy(static_cast<u8*>(c.turned_cos) + row * width, c.cos + c.positions[row] * width,
                         static_cast<std::size_t>(width));
             std::memcpy(static_cast<u8*>(c.turned_sin) + row * width, c.sin + c.positions[row] * width,
                         static_cast<std::size_t>(width));
         }
+        return true;
+    }
+
+    // All operations of one step. Returns 0, -1 where memory ran out, or -2 where a token or a position is none.
+    i64 once(const i64* tokens) const {
+        return !feed(tokens) ? -2 : machine.run(operations, count) ? -1 : 0;
     }
 
     // Whether a row's token of a step is given.
@@ -141,8 +167,12 @@ struct Continuing {
         return left;
     }
 
-    // How many steps it took, or -1 where memory ran out.
+    // How many steps it took, or what `once` says.
     i64 run() const {
+        if (!c.chosen) {
+            const i64 failed = once(c.given);
+            return failed ? failed : 1;
+        }
         std::vector<bool> ended(static_cast<std::size_t>(c.rows));
         std::vector<i64> fed(static_cast<std::size_t>(c.rows));
         for (i64 step = 0; step < c.steps; step++) {
@@ -150,9 +180,7 @@ struct Continuing {
             for (i64 row = 0; row < c.rows; row++)
                 fed[static_cast<std::size_t>(row)] =
                     given(step, row) ? c.given[first + row] : std::max<i64>(c.chosen[first - c.rows + row], 0);
-            feed(fed.data());
-            for (i64 i = 0; i < count; i++)
-                if (machine.run(operations[i])) return -1;
+            if (const i64 failed = once(fed.data())) return failed;
             unspool::chosen->greatest(machine.bytes, machine.read(c.logits), c.rows, c.vocab, c.chosen + first,
                                        c.confidence > 0 ? c.shares + first : nullptr, machine.threads);
             for (i64 row = 0; row < c.rows; row++) {
@@ -181,14 +209,15 @@ int unspool_run(const unspool::Operation* operations, i64 count, const unspool::
         run.machine.threads,
         [](void* data) {
             Run& run = *static_cast<Run*>(data);
-            for (i64 i = 0; i < run.count && !run.failed; i++) run.failed = run.machine.run(run.operations[i]);
+            run.failed = run.machine.run(run.operations, run.count);
         },
         &run);
     return run.failed;
 }
 
 // Runs `count` operations for each step of a continuation. `step` is that of each of them, with the continuation's input,
-// cosines and sines. Returns how many steps there were, or -1 where memory ran out.
+// cosines and sines. Returns how many steps there were, -1 where memory ran out, or -2
+// where a token or a position is none.
 i64 unspool_continue(const unspool::Operation* operations, i64 count, const unspool::Step* step,
                      const unspool::Continuation* continuation) {
     struct Run {

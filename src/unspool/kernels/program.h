@@ -39,10 +39,11 @@ struct Continuation {
     const void* embedding;  // by `form`: 0 PackedWeight, 1 QuantisedWeight, 2 numbers [vocab, hidden]
     i64 form, hidden;
     i64 logits, vocab;      // their buffer and width
-    const u8 *cos, *sin;    // [positions, turned]
+    const u8 *cos, *sin;    // [known, turned]; null where nothing is turned
+    i64 known;              // positions
     i64 rows, steps;        // of steps, at most so many
     const i64* given;       // [steps, rows]: tokens to feed, -1 for what the step before chose; none in the first step
-    i64* chosen;            // [steps, rows]; -1 where there is nothing to choose
+    i64* chosen;            // [steps, rows]; -1 where there is nothing to choose. Null: one step, for its logits
     i64* positions;         // [rows], of the next tokens; counted on
     i64* const* plans;      // of each group of layers, whose rows' lengths are counted on too
     i64 groups;

@@ -20,6 +20,7 @@ from unspool.kernels.attention import Plan, Pools
 from unspool.kernels.linear import PackedWeight
 from unspool.kernels.lowrank import RowsOfPairs
 from unspool.kernels.quantised import PackedCodes
+from unspool.kernels.structs import Continuation, Operation, Step
 
 __all__ = ["INPUT", "Adapted", "Chosen", "Past", "Program", "Stops"]
 
@@ -31,31 +32,6 @@ _BYTES = {torch.bfloat16: 2, torch.float32: 4}
 # Numbers; so that buffers of a token begin on lines of the cache, whatever the number of tokens.
 _UNIT = 32
 _NORM, _ADD_NORM, _NORM_PARTS, _TURN, _ATTEND, _PRODUCT, _QUANTISED, _GATE, _ADD = range(9)
-
-
-class _Operation(ctypes.Structure):
-    """`Operation` of `program.h`."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("kind", "source", "target", "other")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("width", "parts", "stride", "number")),
-        *((name, ctypes.c_float) for name in ("first", "second")),
-    )
-
-
-class _Step(ctypes.Structure):
-    """`Step` of `program.h`."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "bytes")),
-        *((name, ctypes.c_void_p) for name in ("input", "buffers", "cos", "sin")),
-        ("turned", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("plans", "pools", "pairs")),
-        ("pair_count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("starts", "places")),
-        ("threads", ctypes.c_int64),
-    )
 
 
 class Past(NamedTuple):
@@ -75,23 +51,6 @@ class Adapted(NamedTuple):
 
     pairs: array[int]
     rows: RowsOfPairs
-
-
-class _Continuation(ctypes.Structure):
-    """`Continuation` of `program.h`."""
-
-    _fields_ = (
-        ("embedding", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("form", "hidden", "logits", "vocab")),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
-        *((name, ctypes.c_int64) for name in ("rows", "steps")),
-        *((name, ctypes.c_void_p) for name in ("given", "chosen", "positions", "plans")),
-        ("groups", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("limits", "ends")),
-        ("end_count", ctypes.c_int64),
-        ("confidence", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("shares", "input", "turned_cos", "turned_sin")),
-    )
 
 
 class Stops(NamedTuple):
@@ -162,14 +121,15 @@ class Program:
             raise ValueError(f"there are no programs for {dtype} here: {native.describe()}")
         self.dtype = dtype
         self.input = Buffer(INPUT, width)
-        self._operations: list[_Operation] = []
+        self._operations: list[Operation] = []
         self._kept: list[object] = []
         self._top = self._size = 0
         self._heads: tuple[int, int] | None = None  # key heads and width of one, in all layers
         self._groups: list[int] = []  # of the layers
         self._turned: int | None = None
         self.products = 0
-        self._code: ctypes.Array[_Operation] | None = None
+        self._code: ctypes.Array[Operation] | None = None
+        self._checked_table: tuple[tuple[Tensor, Tensor], tuple[int, int, int]] | None = None
 
     def buffer(self, width: int) -> Buffer:
         """A new one."""
@@ -346,7 +306,7 @@ class Program:
             ValueError: something does not fit the program, or there is no room.
             MemoryError: attention found no memory.
         """
-        rows, width, turned = len(tokens), self.input.width, self._turned or 0
+        rows, width = len(tokens), self.input.width
         if not 0 < rows == len(positions) == len(stops.limits) or min(stops.limits) < 1 or not all(tokens):
             raise ValueError(f"{rows} rows, {len(positions)} positions and limits {list(stops.limits)} do not fit")
         ahead = [len(some) - 1 for some in tokens]
@@ -356,30 +316,18 @@ class Program:
         if min(map(min, tokens)) < 0 or max(map(max, tokens)) >= out.width:
             raise ValueError(f"tokens {list(tokens)} are not of {out.width}")
         last = max(positions) + steps
-        cos = sin = None
-        if self._turned is not None:
-            if table is None:
-                raise ValueError("this program turns, and needs a table")
-            if any(t.shape[1:] != (1, turned) or t.dtype != self.dtype or not t.is_contiguous() for t in table):
-                raise ValueError(f"cosines and sines must be {self.dtype} [positions, 1, {turned}]")
-            if min(positions) < 0 or last > min(map(len, table)):
-                raise ValueError(f"{last} positions are not in a table of {len(table[0])}")
-            cos, sin = table[0].data_ptr(), table[1].data_ptr()
+        cos, sin, known = self._table(table)
+        if cos is not None and (min(positions) < 0 or last > known):
+            raise ValueError(f"{last} positions are not in a table of {known}")
         if any(plan.room < steps - 1 for plan in past.plans):
             raise ValueError(f"the plans have no room for {steps} steps")
         plans = self._plans(past, rows)
-        numbers = torch.empty(rows * (self._size + width + 2 * turned), dtype=self.dtype, device="cpu")
-        first, size = rows * self._size, _BYTES[self.dtype]
-        inputs, cosines, sines = (
-            numbers.data_ptr() + size * place
-            for place in (first, first + rows * width, first + rows * (width + turned))
-        )
-        step = self._step(rows, inputs, numbers, (cosines, sines), plans, past.pools)
+        _, inputs, cosines, sines, step = self._fed(rows, past, plans)
         fed = [some[step] if step < len(some) else -1 for step in range(steps) for some in tokens]
         chosen, shares = array("q", [-1] * len(fed)), array("f", [1.0] * len(fed))
         lists = [array("q", some) for some in (positions, takes, stops.ends, plans[::2], fed)]
         place, limits, ends, heads, given = (some.buffer_info()[0] for some in lists)
-        continuation = _Continuation(
+        continuation = Continuation(
             address,
             form,
             width,
@@ -387,6 +335,7 @@ class Program:
             out.width,
             cos,
             sin,
+            known,
             rows,
             steps,
             given,
@@ -408,6 +357,76 @@ class Program:
             raise MemoryError(_NO_MEMORY)
         places = (slice(rows * more + row, rows * done, rows) for row, more in enumerate(ahead))
         return [Chosen(chosen[place].tolist(), shares[place].tolist()) for place in places], done
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        out: Buffer,
+        past: Past,
+        table: tuple[Tensor, Tensor] | None,
+        embedding: PackedWeight | PackedCodes | Tensor,
+    ) -> Tensor | None:
+        """One step from the tokens on; gives the logits `[rows, out.width]`.
+
+        Args:
+            tokens: `[rows]`, int64, of each row one.
+            positions: `[rows]`, int64, theirs.
+            out, past, table, embedding: as in `go_on`.
+
+        Returns:
+            `None` where a token is none of the embedding's, or a position none of the table's.
+
+        Raises:
+            ValueError: something does not fit the program.
+            MemoryError: attention found no memory.
+        """
+        rows = tokens.shape[0]
+        if any(
+            some.shape != (rows,) or some.dtype != torch.int64 or not some.is_cpu or not some.is_contiguous()
+            for some in (tokens, positions)
+        ):
+            raise ValueError("tokens and positions must be int64 [rows] on the CPU")
+        form, address = self._embedding(embedding, out.width)
+        cos, sin, known = self._table(table)
+        plans = self._plans(past, rows)
+        numbers, inputs, cosines, sines, step = self._fed(rows, past, plans)
+        continuation = Continuation(
+            address, form, self.input.width, out.place, out.width, cos, sin, known, rows, 1, tokens.data_ptr()
+        )
+        continuation.positions = positions.data_ptr()
+        continuation.input, continuation.turned_cos, continuation.turned_sin = inputs, cosines, sines
+        done = _continue()(*self._coded(), ctypes.addressof(step), ctypes.addressof(continuation))
+        if done == -1:
+            raise MemoryError(_NO_MEMORY)
+        first = out.place * rows
+        return None if done < 0 else numbers[first : first + rows * out.width].view(rows, out.width)
+
+    def _fed(self, rows: int, past: Past, plans: array[int]) -> tuple[Tensor, int, int, int, Step]:
+        """Memory of a step that feeds itself; in it, the addresses of its inputs, cosines and sines; and the step."""
+        width, turned = self.input.width, self._turned or 0
+        numbers = torch.empty(rows * (self._size + width + 2 * turned), dtype=self.dtype, device="cpu")
+        size = _BYTES[self.dtype]
+        inputs = numbers.data_ptr() + size * rows * self._size
+        cosines = inputs + size * rows * width
+        sines = cosines + size * rows * turned
+        return numbers, inputs, cosines, sines, self._step(rows, inputs, numbers, (cosines, sines), plans, past.pools)
+
+    def _table(self, table: tuple[Tensor, Tensor] | None) -> tuple[int | None, int | None, int]:
+        """Addresses of cosines and sines, and of how many positions they are."""
+        if self._turned is None:
+            return None, None, 0
+        if table is None:
+            raise ValueError("this program turns, and needs a table")
+        if self._checked_table is not None and self._checked_table[0] is table:
+            return self._checked_table[1]
+        cos, sin = table
+        shape = (cos.shape[0], 1, self._turned)
+        if any(t.shape != shape or t.dtype != self.dtype or not t.is_cpu or not t.is_contiguous() for t in table):
+            raise ValueError(f"cosines and sines must be {self.dtype} [positions, 1, {self._turned}] on the CPU")
+        addresses = cos.data_ptr(), sin.data_ptr(), shape[0]
+        self._checked_table = table, addresses
+        return addresses
 
     def _embedding(self, embedding: PackedWeight | PackedCodes | Tensor, tokens: int) -> tuple[int, int]:
         """Form and address of a table of inputs for so many tokens."""
@@ -431,8 +450,8 @@ class Program:
         turn: tuple[int | None, int | None],
         plans: array[int],
         pools: Pools,
-    ) -> _Step:
-        step = _Step(
+    ) -> Step:
+        step = Step(
             tokens,
             _BYTES[self.dtype],
             inputs,
@@ -448,7 +467,7 @@ class Program:
     def _coded(self) -> tuple[int, int]:
         """Address and number of the operations."""
         if self._code is None:
-            self._code = (_Operation * len(self._operations))(*self._operations)
+            self._code = (Operation * len(self._operations))(*self._operations)
         return ctypes.addressof(self._code), len(self._code)
 
     def _plans(self, past: Past, tokens: int) -> array[int]:
@@ -490,7 +509,7 @@ class Program:
         if target.place == INPUT:
             raise ValueError("the input cannot be written")
         self._operations.append(
-            _Operation(
+            Operation(
                 kind, source.place, target.place, other, weight, bias, width, parts, stride, number, first, second
             )
         )

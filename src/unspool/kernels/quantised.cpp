@@ -341,6 +341,7 @@ Number* scratch(i64 size) {
 
 struct Call {
     const QuantisedWeight& w;
+    const QuantisedWeight* next;  // see `coming`
     const void* x;
     i64 stride;      // between rows of x, in numbers
     bool wide;       // x is fp32 rather than bf16
@@ -392,17 +393,33 @@ UNSPOOL_QUANT void prepare(const Call& c, i64 row) {
     }
 }
 
-// The blocks from `from` to `to`, a panel of them at a time for all rows; with one tile of few rows, two panels.
+// A thread's blocks.
+struct Part {
+    i64 from, to;
+    Part(const QuantisedWeight& w, int thread, int team)
+        : from(w.blocks() / kPanel * thread / team * kPanel), to(w.blocks() / kPanel * (thread + 1) / team * kPanel) {}
+};
+
+// A thread's blocks, a panel of them at a time for all rows; with one tile of few rows, two panels. Meanwhile the next
+// panel is fetched, of which several tiles fetch a block each, and at the end the first of the next weight.
 template <template <int, int> class Kind>
-void panels(const Call& c, i64 from, i64 to) {
+void panels(const Call& c, int thread, int team) {
     const i64 lines = c.w.lines_of_block();
-    for (i64 block = from, width = 0; block < to; block += width)
+    const Part part(c.w, thread, team);
+    for (i64 block = part.from, width = 0; block < part.to; block += width)
         for (i64 t = 0; t < c.tiles.count; t++) {
-            const auto [tile, wide] = tile_for<Kind>(c.tiles.height(t), to - block);
-            // The next panel, of which several tiles fetch a block each.
-            Ahead ahead{c.w.lines + (block + wide) * lines * kLine, 0};
-            if (t < kPanel) ahead.lines = c.tiles.count == 1 ? wide : 1;
-            ahead.line += t * lines * kLine;
+            const auto [tile, wide] = tile_for<Kind>(c.tiles.height(t), part.to - block);
+            const i64 left = part.to - block - wide;
+            Ahead ahead{c.w.lines + (block + wide + t) * lines * kLine, 0};
+            if (c.tiles.count > 1) {
+                ahead.lines = left > 0 && t < kPanel;
+            } else if (left > 0) {
+                ahead.lines = tile_for<Kind>(c.tiles.rows, left).second;
+            } else if (c.next) {
+                const Part after(*c.next, thread, team);
+                const i64 all = std::min(wide, after.to - after.from) * c.next->lines_of_block();
+                ahead = {c.next->lines + after.from * c.next->lines_of_block() * kLine, (all + lines - 1) / lines};
+            }
             tile(c.w, c.to, block, c.tiles.begin(t), c.of(t), ahead);
             width = wide;
         }
@@ -416,18 +433,18 @@ void unspool::quantised_avx512_bf16(const QuantisedWeight* weight, const void* x
     const QuantisedWeight& w = *weight;
     const i64 groups = w.width() / w.group, row_bytes = w.width() * (w.nibbles ? 2 : 1);
     const i64 tall = w.nibbles ? Nibbles<1, 1>::kTall : Bytes<1, 1>::kTall;
-    const Call c{w, x, stride, wide_x != 0, {y, bias, wide_y != 0}, Tiles(rows, tall), groups, row_bytes,
+    const Call c{w, coming, x, stride, wide_x != 0, {y, bias, wide_y != 0}, Tiles(rows, tall), groups, row_bytes,
                  scratch<u8>(rows * row_bytes), scratch<float>(rows * groups), scratch<std::int32_t>(rows * groups)};
-    const i64 units = w.blocks() / kPanel;
-    if (rows * units * kPanel * w.lines_of_block() * kLine <= kSerial) threads = 1;
+    if (rows * w.blocks() * w.lines_of_block() * kLine <= kSerial) threads = 1;
     parallel(threads, [&](int thread, int team) {
         share_out(rows, thread, team, [&](i64 row) { prepare(c, row); });
         wait_for_team();
-        const i64 from = units * thread / team * kPanel, to = units * (thread + 1) / team * kPanel;
-        (w.nibbles ? panels<Nibbles> : panels<Bytes>)(c, from, to);
+        (w.nibbles ? panels<Nibbles> : panels<Bytes>)(c, thread, team);
     });
 }
 #endif
+
+thread_local const QuantisedWeight* unspool::coming = nullptr;
 
 extern "C" {
 

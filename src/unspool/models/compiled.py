@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["CompiledLayers"]
 
 
+# Up to so many tokens, what stands before and after the layers is worth a call that has it too.
+_FEW = 64
+
+
 class _Recorded(NamedTuple):
     """A program, where its result is, and the layers whose products it has, in order."""
 
@@ -42,6 +46,7 @@ class _Recorded(NamedTuple):
     linears: list[Linear]
 
 
+_Whole = tuple[_Recorded, PackedWeight | PackedCodes | Tensor]
 _Key = tuple[torch.dtype, int | None, Linear | None]  # of the numbers; how many layers; the head, if it is in it
 
 
@@ -57,6 +62,7 @@ class _Seen:
         ours: see `_ours`.
         hooked: someone listens.
         recorded: programs; `None` where there can be none.
+        whole: programs with a head, and packed embeddings, by their dtype, embedding and head.
     """
 
     changes: int
@@ -66,6 +72,7 @@ class _Seen:
     ours: bool
     hooked: bool
     recorded: dict[_Key, _Recorded | None]
+    whole: dict[tuple[torch.dtype, Embedding, Linear], _Whole]
 
 
 class CompiledLayers:
@@ -111,19 +118,53 @@ class CompiledLayers:
         stops: Stops,
     ) -> tuple[list[Chosen], int] | None:
         """Greedy steps by themselves; see `models.base.Model.go_on`. `ends` stand before and after the layers."""
+        whole = self._whole(layers, norm, ends, past.pools.dtype)
+        last = max(first + len(fed) for first, fed in zip(positions, tokens, strict=True)) + max(stops.limits)
+        table = rotary.table(last, past.pools.dtype)
+        if whole is None or table is None:
+            return None
+        recorded, packed = whole
+        return recorded.program.go_on(tokens, positions, recorded.out, past, table, packed, stops)
+
+    def step(
+        self, layers: nn.ModuleList, norm: RMSNorm, ends: tuple[Embedding, Linear], batch: Batch, rotary: Rotary
+    ) -> Tensor | None:
+        """Logits `[tokens, vocab]` of a step of few tokens; `None` where it cannot be. `ends` as in `go_on`."""
+        attend, tokens = batch.attend, batch.tokens
+        if not isinstance(attend, NativeAttention) or torch.is_grad_enabled() or not tokens.is_cpu:
+            return None
+        special = (batch.keep, batch.extents, batch.trace, batch.layers, batch.embeds, batch.adapters)
+        if len(tokens) > _FEW or any(part is not None for part in special):
+            return None
+        past = attend.past
+        whole, table = self._whole(layers, norm, ends, past.pools.dtype), rotary.table(1, past.pools.dtype)
+        if whole is None or table is None:
+            return None
+        recorded, packed = whole
+        return recorded.program.step(tokens, batch.positions, recorded.out, past, table, packed)
+
+    def _whole(
+        self, layers: nn.ModuleList, norm: RMSNorm, ends: tuple[Embedding, Linear], dtype: torch.dtype
+    ) -> _Whole | None:
+        """What is recorded with the head, and the embedding as the kernels read it."""
         embedding, head = ends
-        dtype = past.pools.dtype
-        if torch.is_grad_enabled() or not _ours(ends) or hooked(ends):
+        seen = self._look(layers, norm)
+        if seen.hooked or not seen.ours or torch.is_grad_enabled():
+            return None
+        if (known := seen.whole.get((dtype, *ends))) is not None:
+            return known
+        if not _ours(ends) or hooked(ends):
             return None
         packed = embedding.weight.detach() if embedding._packed is None else _form(embedding)
         if packed is None or (isinstance(packed, Tensor) and packed.dtype != dtype):
             return None
         recorded = self._program(layers, norm, (dtype, None, head))
-        last = max(first + len(fed) for first, fed in zip(positions, tokens, strict=True)) + max(stops.limits)
-        table = rotary.table(last, dtype)
-        if recorded is None or table is None:
+        if recorded is None:
             return None
-        return recorded.program.go_on(tokens, positions, recorded.out, past, table, packed, stops)
+        whole = recorded, packed
+        if not isinstance(packed, Tensor):  # whose memory may be exchanged
+            seen.whole[dtype, *ends] = whole
+        return whole
 
     def _program(self, layers: nn.ModuleList, norm: RMSNorm, key: _Key) -> _Recorded | None:
         """What is recorded of the layers as they are now; `None` where they have to be called themselves."""
@@ -144,7 +185,7 @@ class CompiledLayers:
             plain: list[Tensor] = [p for p in parameters if p is not None and not p.is_meta]
             state = _state(layers, norm, plain)
             ours = _ours(module for module in modules if module is not layers)
-            seen = self._seen = _Seen(count, modules, plain, state, ours, hooked(modules), {})
+            seen = self._seen = _Seen(count, modules, plain, state, ours, hooked(modules), {}, {})
         elif seen.hooked or hooked(()):
             seen.hooked = hooked(seen.modules)
         return seen

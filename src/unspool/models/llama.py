@@ -214,12 +214,25 @@ class Llama(Model):
             batch.trace.append(x)
         return x
 
+    def step(self, batch: Batch) -> Tensor:
+        """See `Model.step`."""
+        if self._plain_ends:
+            ends = self.embedding, self.lm_head
+            logits = self._compiled.step(self.layers, self.norm, ends, batch, self.rotary)
+            if logits is not None:
+                return logits
+        return super().step(batch)
+
+    @property
+    def _plain_ends(self) -> bool:
+        """Whether nothing is multiplied before and after the layers."""
+        return self.shape.embedding_multiplier == self.shape.logits_divisor == 1.0
+
     def go_on(
         self, attend: Attend, tokens: Sequence[Sequence[int]], positions: Sequence[int], stops: Stops
     ) -> tuple[list[Chosen], int] | None:
         """See `Model.go_on`."""
-        plain = self.shape.embedding_multiplier == self.shape.logits_divisor == 1.0
-        if not plain or not isinstance(attend, NativeAttention):
+        if not self._plain_ends or not isinstance(attend, NativeAttention):
             return None
         ends = self.embedding, self.lm_head
         return self._compiled.go_on(self.layers, self.norm, ends, attend.past, tokens, positions, self.rotary, stops)
