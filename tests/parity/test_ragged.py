@@ -505,7 +505,7 @@ def test_enabling_brings_continuous_batching(caplog: pytest.LogCaptureFixture) -
             assert isinstance(manager, unspool.ContinuousBatchingManager)
             alone = manager.get_result(manager.add_request(texts[1]))
         with caplog.at_level("INFO", logger="unspool"), pytest.raises(Exception):  # noqa: B017
-            architecture("whisper").generate_batch(inputs=5)
+            architecture("blip-2").generate_batch(inputs=5)
         assert "a way of its own" in caplog.text
     for text, output in zip(texts, outputs.values(), strict=True):
         made = output.generated_tokens
