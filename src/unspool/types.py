@@ -5,13 +5,7 @@ from __future__ import annotations
 import os
 from typing import TypeAlias
 
-__all__ = ["JSON", "FileName", "RowId", "TokenId"]
-
-TokenId: TypeAlias = int
-"""An index into the vocabulary, at least 0."""
-
-RowId: TypeAlias = int
-"""A row of the device table: one sequence being decoded."""
+__all__ = ["JSON", "FileName"]
 
 FileName: TypeAlias = str | os.PathLike[str]
 """A path as callers pass it."""
