@@ -506,6 +506,24 @@ def test_processors_and_criteria_may_come_from_an_iterator(model: Any) -> None:
     assert stopped.shape[1] == IDS.shape[1] + 1
 
 
+@pytest.mark.parametrize("way", [*WAYS, "bans", "requests"])
+def test_torchs_default_device_changes_nothing(model: Any, way: str) -> None:
+    """Not even where nothing can be computed on it."""
+    more = {"bad_words_ids": [[5], [6, 7]], "sequence_bias": {(9,): 1.0}} if way == "bans" else WAYS.get(way, {})
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": way == "sample", **more}
+
+    def tokens() -> list[Any]:
+        torch.manual_seed(0)
+        if way != "requests":
+            return list(model.generate(IDS, **kwargs).tolist())
+        outputs = model.generate_batch(IDS.tolist(), progress_bar=False, **kwargs | {"do_sample": True})
+        return [output.generated_tokens for output in outputs.values()]
+
+    expected = tokens()
+    with torch.device("meta"):
+        assert tokens() == expected
+
+
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 def another_default_dtype(request: pytest.FixtureRequest) -> Iterator[Any]:
     """What sets torch's default dtype, which is as it was afterwards."""

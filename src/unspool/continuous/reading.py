@@ -313,7 +313,7 @@ class Reader:
             return 0
         if self._seed is not None:
             return key(self._seed, number, 0)
-        return int(torch.randint(2**62, (1,)))
+        return int(torch.randint(2**62, (1,), device="cpu"))
 
 
 @dataclass(slots=True)

@@ -42,8 +42,9 @@ def sequences(call: Call, rows: list[Sequence]) -> Tensor:
     prompts = call.prompts
     news = [row.tokens[len(tokens) :] for row, tokens in zip(rows, prompts.tokens, strict=True)]
     width = max(map(len, news))
-    filled = torch.tensor([new + [call.filler] * (width - len(new)) for new in news], dtype=torch.int64)
-    return torch.cat([prompts.rectangle, filled.to(prompts.rectangle.device)], dim=1)
+    rectangle = prompts.rectangle
+    filled = [new + [call.filler] * (width - len(new)) for new in news]
+    return torch.cat([rectangle, torch.tensor(filled, dtype=torch.int64, device=rectangle.device)], dim=1)
 
 
 def sampled_output(

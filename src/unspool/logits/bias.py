@@ -150,7 +150,7 @@ def _build_table(biases: Biases, scores: Tensor) -> _Table:
     outside = [token for sequence in biases for token in sequence if token >= vocab]
     if outside:
         raise ValueError(f"The vocabulary has {vocab} tokens, but these token ids are biased or banned: {outside}.")
-    single = torch.zeros(vocab, dtype=torch.float)
+    single = torch.zeros(vocab, dtype=torch.float, device="cpu")
     by_length: dict[int, list[TokenSequence]] = {}
     for sequence, bias in biases.items():
         if len(sequence) == 1:

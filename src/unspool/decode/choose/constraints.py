@@ -445,7 +445,8 @@ def _ahead(state: ConstraintListState, vocab: int) -> list[tuple[int, Constraint
 
 def _in_turn(banks: list[int], scores: list[float]) -> list[int]:
     """Places in the order to take: the best of every bank, the highest bank first, then the second best, and so on."""
-    order = (torch.tensor(banks) * 100 + torch.tensor(scores, dtype=torch.float32)).sort(descending=True)[1].tolist()
+    every = torch.tensor(scores, dtype=torch.float32, device="cpu")
+    order = (every.new_tensor(banks) * 100 + every).sort(descending=True)[1].tolist()
     ranks: list[int] = []
     for i, place in enumerate(order):
         again = i > 0 and banks[place] == banks[order[i - 1]]

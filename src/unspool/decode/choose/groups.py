@@ -258,7 +258,7 @@ class GroupBeamChooser:
             for place, candidates in enumerate(zip(found.tolist(), flat.tolist(), strict=True)):
                 picks[place] += self._decide(self.places[place], group, *candidates, totals[place])
             if group + 1 < self._groups:
-                tokens[:, part] = torch.tensor([[max(0, pick.token) for pick in mine[part]] for mine in picks])
+                tokens[:, part] = tokens.new_tensor([[max(0, pick.token) for pick in mine[part]] for mine in picks])
             parts.append(scores)
         scores = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
         return picks, scores, torch.cat(every)
