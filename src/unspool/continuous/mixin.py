@@ -188,7 +188,10 @@ class ContinuousMixin:
 def _prompts(inputs: Any) -> list[Any]:
     """A call's prompts as a list, also of a tensor `[prompts, columns]`."""
     if isinstance(inputs, Mapping):
-        raise TypeError("inputs must be a list of prompts; write [prompt] for one that is a dict")
+        raise TypeError(
+            f"inputs must be a list of prompts, not {type(inputs).__name__}; pass tokenizer(texts).input_ids, or write "
+            "[prompt] for one that is a dict"
+        )
     every = inputs.tolist() if hasattr(inputs, "tolist") else inputs
     if not isinstance(every, list | tuple):
         raise TypeError(
