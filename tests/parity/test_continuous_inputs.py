@@ -11,7 +11,9 @@ from architectures import ARCHITECTURES, MULTIMODAL, Architecture
 
 import unspool
 from unspool import ContinuousBatchingConfig
-from unspool.decode.opened import Ledger
+from unspool.decode.opened import BesideRunner, Ledger
+from unspool.decode.runner import Output
+from unspool.decode.sequence import Sequence, Want, Work
 from unspool.interop.patch import makes_its_start, unserved
 
 SETTINGS: list[dict[str, Any]] = [
@@ -270,3 +272,20 @@ def test_codecs_are_refused() -> None:
     model = transformers.MusicgenForConditionalGeneration(config).eval()
     with pytest.raises(unspool.Unsupported, match="a way of its own; use generate"):
         unspool.wrap(model).init_continuous_batching()
+
+
+def test_a_step_of_parts_of_prompts_has_no_logits() -> None:
+    """Of a text and of a picture's prompt, neither of which chooses a token yet."""
+
+    class Computes:
+        def run(self, work: list[Work], want: Want) -> Output:
+            count = sum(item.keep for item in work)
+            return Output(torch.arange(count * 5.0).view(count, 5), [], [])
+
+    text, told = Sequence(0, [4, 5, 6, 7]), Sequence(0, [4, 5, 6, 7])
+    told.inputs = {"pixel_values": torch.zeros(1)}
+    groups: Any = [object(), object()]
+    runner = BesideRunner(Computes(), Computes())  # type: ignore[arg-type]
+    for keep in (0, 1):
+        work = [Work(row, 2, keep, group) for row, group in zip((text, told), groups, strict=True)]
+        assert runner.run(work, Want()).logits.shape == (2 * keep, 5)

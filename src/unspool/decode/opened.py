@@ -265,10 +265,12 @@ class BesideRunner:
         told = [item for item in work if item.seq.inputs is not None]
         if len(told) in (0, len(work)):
             return (self._opened if told else self._paged).run(work, want)
-        seen = iter(self._opened.run(told, want).logits)
-        read = iter(self._paged.run([item for item in work if item.seq.inputs is None], want).logits)
+        apart = self._opened.run(told, want).logits
+        stored = self._paged.run([item for item in work if item.seq.inputs is None], want).logits
+        seen, read = iter(apart), iter(stored)
         kept = [next(read if item.seq.inputs is None else seen) for item in work for _ in range(item.keep)]
-        return Output(torch.stack(kept), [], [])  # nothing else is wanted of modules that are not ours
+        # nothing else is wanted of modules that are not ours; of parts of prompts alone, not even logits
+        return Output(torch.stack(kept) if kept else stored[:0], [], [])
 
     def fork(self, rows: Items[Sequence], parents: Items[int]) -> None:
         """See `Runner`."""
