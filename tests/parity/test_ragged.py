@@ -348,6 +348,22 @@ def test_angles_of_the_longest_row_and_dropout_take_rows() -> None:
     assert "drops out" in str(unspool.wrap(model.train()).unspool_report())
 
 
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")])
+def test_a_probe_without_memory_is_made_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module runs in rows meanwhile."""
+
+    def full(*given: object) -> None:
+        raise error
+
+    model = unspool.wrap(make_model("llama"))
+    with monkeypatch.context() as short:
+        short.setattr(probe, "_compare", full)
+        report = model.unspool_report()
+        assert report.tier == "rows"
+        assert "no memory" in report.reason
+    assert model.unspool_report().tier == "ragged"
+
+
 def test_a_module_whose_tokens_mix_is_found_out() -> None:
     """What a flat row does to its neighbours shows in the probe, whatever the module is called."""
 

@@ -87,6 +87,7 @@ _found: WeakKeyDictionary[nn.Module, dict[_State, Verdict]] = WeakKeyDictionary(
 _REMEMBERED = 4  # states of a module: a training loop may go to and fro between two
 _together: WeakKeyDictionary[nn.Module, tuple[_State, Company]] = WeakKeyDictionary()
 _lock = threading.RLock()
+_NO_ROOM = (MemoryError, torch.OutOfMemoryError)
 
 
 def judge(foreign: Foreign, own: OwnPath) -> Verdict:
@@ -108,7 +109,10 @@ def judge(foreign: Foreign, own: OwnPath) -> Verdict:
     with _lock:
         found = _found.setdefault(foreign.module, {})
         if state not in found:
-            made = _probe(foreign, own)
+            try:
+                made = _probe(foreign, own)
+            except _NO_ROOM as error:  # which may pass
+                return Verdict(None, f"there was no memory to find out more: {error!r}")
             for oldest in list(found)[: len(found) - _REMEMBERED + 1]:
                 del found[oldest]
             found[state] = made
@@ -126,7 +130,11 @@ def judge_together(foreign: Foreign, opener: Opener) -> Company:
     with _lock:
         known = _together.get(foreign.module)
         if known is None or known[0] != state:
-            known = _together[foreign.module] = state, _try_together(foreign, opener)
+            try:
+                known = state, _try_together(foreign, opener)
+            except _NO_ROOM as error:
+                return Company("none", f"there was no memory to find out more: {error!r}")
+            _together[foreign.module] = known
         return known[1]
 
 
@@ -143,6 +151,8 @@ def _try_together(foreign: Foreign, opener: Opener) -> Company:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices):
                 distance = _together_and_alone(foreign, opener, tried == "any")
+        except _NO_ROOM:
+            raise
         except Exception as error:
             reason = f"its rows cannot be put together: {error!r}"
             break
@@ -278,6 +288,8 @@ def _probe(foreign: Foreign, own: OwnPath) -> Verdict:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             return _compare(foreign, own)
+    except _NO_ROOM:
+        raise
     except Exception as error:
         said = str(error) if isinstance(error, Unfit) else f"it cannot be fed flat tokens: {error!r}"
         return Verdict(None, said)
