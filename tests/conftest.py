@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from unspool.config.notice import warn_once
+
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
@@ -46,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         why = oldest.reason(item.nodeid)
         if why is not None:
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(autouse=True)
+def remarks() -> None:
+    """Remarks that are made once in a process are made anew in each test."""
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")
