@@ -256,6 +256,15 @@ def _repeats_by_row(ids: Tensor, size: Tensor, longest: int) -> Tensor:
 def _ban(scores: Tensor, tokens: Tensor, where: Tensor | None) -> Tensor:
     """-inf for `tokens` `[rows, n]` (where true); ids of `vocab` or more fall into a spare column."""
     vocab = scores.shape[-1]
+    if where is not None and scores.device.type == "cpu":  # mostly there are few, or none
+        rows, columns = where.numpy().nonzero()
+        banned = tokens.numpy()[rows, columns]
+        there = banned < vocab
+        if not there.any():
+            return scores
+        scores = scores.clone()
+        scores[torch.from_numpy(rows[there]), torch.from_numpy(banned[there])] = NEG_INF
+        return scores
     if where is not None:
         tokens = torch.where(where, tokens, vocab)
     return F.pad(scores, (0, 1)).scatter_(1, tokens.clamp(max=vocab), NEG_INF)[:, :vocab]
