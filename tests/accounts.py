@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from unspool.cache.blocks import GONE
+from unspool.decode.opened import Ledger
 
 
 def nodes_of(index: Any) -> list[Any]:
@@ -67,3 +68,24 @@ def check_all_given_back(room: Any) -> None:
         room.index.give_up(group, pool.count)
         assert pool.free == pool.count
     assert not room.index._roots and len(room.index) == 0
+
+
+def check_pasts_given_back(manager: Any) -> None:
+    """The same of a manager whose rows keep their past in a module's own way."""
+    store = manager._engine.room.store
+    assert isinstance(store, Ledger)
+    assert not store.opened
+    assert not store.faults
+    check_all_given_back(manager._engine.room)
+
+
+def staggered(manager: Any, every: list[dict[str, Any]]) -> list[Any]:
+    """Outputs of requests, each what `add_request` takes, that come two steps after each other."""
+    names = []
+    for one in every:
+        names.append(manager.add_request(**one))
+        manager.step()
+        manager.step()
+    while manager.step():
+        pass
+    return [manager.get_result(name, timeout=0) for name in names]

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from accounts import check_all_given_back
+from accounts import check_pasts_given_back, staggered
 from architectures import ARCHITECTURES, MULTIMODAL, Architecture
 
 import unspool
 from unspool import ContinuousBatchingConfig
-from unspool.decode.opened import BesideRunner, Ledger
+from unspool.decode.opened import BesideRunner
 from unspool.decode.runner import Output
 from unspool.decode.sequence import Sequence, Want, Work
 from unspool.interop.patch import makes_its_start, unserved
@@ -59,25 +59,6 @@ def new(model: Any, inputs: dict[str, Any], **settings: Any) -> list[int]:
     return made[-settings["max_new_tokens"] :]
 
 
-def staggered(manager: Any, every: list[dict[str, Any]]) -> list[Any]:
-    names = []
-    for one in every:
-        names.append(manager.add_request(**one))
-        manager.step()
-        manager.step()
-    while manager.step():
-        pass
-    return [manager.get_result(name, timeout=0) for name in names]
-
-
-def check_given_back(manager: Any) -> None:
-    store = manager._engine.room.store
-    assert isinstance(store, Ledger)
-    assert not store.opened
-    assert not store.faults
-    check_all_given_back(manager._engine.room)
-
-
 @pytest.mark.parametrize(
     "one",
     [
@@ -111,7 +92,7 @@ def test_requests_are_as_by_themselves(one: Architecture) -> None:
             assert output.error is None
             assert output.generated_tokens == tokens
             assert output.finish_reason == "length"
-        check_given_back(manager)
+        check_pasts_given_back(manager)
 
 
 def test_rows_put_back_see_their_picture_again() -> None:
@@ -124,7 +105,7 @@ def test_rows_put_back_see_their_picture_again() -> None:
     assert manager.metrics.swaps == 0, "there is nothing in their blocks to be copied"
     for output, inputs in zip(outputs, rows, strict=True):
         assert output.generated_tokens == new(model, inputs, **given)
-    check_given_back(manager)
+    check_pasts_given_back(manager)
 
 
 def test_texts_beside_pictures_share_their_beginnings() -> None:
@@ -199,7 +180,7 @@ def test_a_picture_that_does_not_fit_fails_alone() -> None:
         assert "its forward raised" in bad.error
         for output, inputs in zip(good, rows[:2], strict=True):
             assert output.generated_tokens == new(model, inputs, max_new_tokens=4)
-        check_given_back(manager)
+        check_pasts_given_back(manager)
 
 
 def test_what_a_decoder_begins_with() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accounts import check_pasts_given_back, staggered
 from architectures import ARCHITECTURES
 from families import make_model
 from shells import Masked, Plain, Tuples
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 import unspool
 from unspool import ContinuousBatchingConfig, GenerationConfig
 from unspool.continuous.requests import GenerationOutput
-from unspool.decode.opened import Ledger
 
 LENGTHS = (7, 3, 11, 1, 7)
 
@@ -51,24 +51,9 @@ def alone(model: Any, text: list[int], one: dict[str, Any]) -> list[int]:
     return made[1:] if encoder else made[len(text) :]
 
 
-def staggered(manager: Any, texts: list[list[int]], settings: list[dict[str, Any]]) -> list[GenerationOutput]:
-    """Outputs of requests that come two steps after each other."""
-    names = []
-    for text, one in zip(texts, settings, strict=True):
-        names.append(manager.add_request(text, **one))
-        manager.step()
-        manager.step()
-    while manager.step():
-        pass
-    return [manager.get_result(name, timeout=0) for name in names]
-
-
-def check_given_back(manager: Any) -> None:
-    store = manager._engine.room.store
-    assert isinstance(store, Ledger)
-    assert not store.opened
-    assert not store.faults
-    assert [pool.free for pool in store.blocks] == [pool.count for pool in store.blocks]
+def told(texts: list[list[int]], settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Requests of texts, with the settings of each."""
+    return [{"input_ids": text, **one} for text, one in zip(texts, settings, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "mamba", "bloom", "falcon_h1"])
@@ -83,13 +68,13 @@ def test_requests_are_as_by_themselves(name: str) -> None:
         ContinuousBatchingConfig(num_blocks=4, page_size=16, scheduler_type="prefill_first"),
     ):
         manager = model.init_continuous_batching(continuous_batching_config=config)
-        outputs = staggered(manager, texts, SETTINGS)
+        outputs = staggered(manager, told(texts, SETTINGS))
         for text, output, tokens in zip(texts, outputs, expected, strict=True):
             assert output.error is None
             assert output.prompt_ids == text
             assert output.generated_tokens == tokens[: len(output.generated_tokens)]
             assert len(output.generated_tokens) == len(tokens) or output.finish_reason == "stop"
-        check_given_back(manager)
+        check_pasts_given_back(manager)
 
 
 class Counted:
@@ -107,10 +92,10 @@ class Counted:
 def in_company(model: Any, counted: Counted, **config: Any) -> tuple[list[GenerationOutput], list[int]]:
     """Three requests that begin two steps after each other, and how many rows each forward had."""
     manager = model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(**config))
-    staggered(manager, prompts(4, 5), [{"max_new_tokens": 6}] * 2)  # the module is looked at first
+    staggered(manager, told(prompts(4, 5), [{"max_new_tokens": 6}] * 2))  # the module is looked at first
     counted.rows.clear()
-    outputs = staggered(manager, prompts(9, 3, 6), [{"max_new_tokens": 12, "eos_token_id": None}] * 3)
-    check_given_back(manager)
+    outputs = staggered(manager, told(prompts(9, 3, 6), [{"max_new_tokens": 12, "eos_token_id": None}] * 3))
+    check_pasts_given_back(manager)
     return outputs, counted.rows
 
 
@@ -165,11 +150,11 @@ def test_a_forward_that_fails_for_many_is_done_again_for_each() -> None:
 
     module.register_forward_pre_hook(refuses, with_kwargs=True)
     manager = model.init_continuous_batching()
-    outputs = staggered(manager, texts, [settings] * 3)
+    outputs = staggered(manager, told(texts, [settings] * 3))
     assert "not this one" in outputs[1].error
     assert outputs[1].generated_tokens == expected[1][: fatal + 1]
     assert [outputs[0].generated_tokens, outputs[2].generated_tokens] == [expected[0], expected[2]]
-    check_given_back(manager)
+    check_pasts_given_back(manager)
 
 
 def test_rows_put_back_are_computed_again() -> None:
@@ -177,11 +162,11 @@ def test_rows_put_back_are_computed_again() -> None:
     texts, settings = prompts(5, 6, 7), {"max_new_tokens": 40, "eos_token_id": None}
     config = ContinuousBatchingConfig(num_blocks=5, page_size=16, safety_margin=0.0)
     manager = model.init_continuous_batching(continuous_batching_config=config)
-    outputs = staggered(manager, texts, [settings] * 3)
+    outputs = staggered(manager, told(texts, [settings] * 3))
     assert manager.metrics.preemptions > 0
     for text, output in zip(texts, outputs, strict=True):
         assert output.generated_tokens == alone(model, text, settings)
-    check_given_back(manager)
+    check_pasts_given_back(manager)
 
 
 def test_one_that_fails_does_so_alone() -> None:
@@ -219,7 +204,7 @@ def test_one_that_fails_does_so_alone() -> None:
     for output in (good, other):
         made = model.generate(torch.tensor([output.prompt_ids]), settings)[0, len(output.prompt_ids) :]
         assert output.generated_tokens == made.tolist()
-    check_given_back(manager)
+    check_pasts_given_back(manager)
 
 
 def test_what_ended_leaves_no_memory() -> None:
@@ -237,7 +222,7 @@ def test_what_ended_leaves_no_memory() -> None:
     assert len(opened) == 1
     manager.cancel_request(second)
     manager.step()
-    check_given_back(manager)
+    check_pasts_given_back(manager)
     del manager
     gc.collect()
     assert [past() for past in pasts] == [None, None]
@@ -281,7 +266,7 @@ def test_cross_attention_is_counted_and_given_back() -> None:
     manager.cancel_request(beams)
     manager.step()
     assert manager.metrics.past_bytes == 0
-    check_given_back(manager)
+    check_pasts_given_back(manager)
 
 
 def test_pasts_that_take_much_bound_how_many_begin() -> None:
@@ -297,7 +282,7 @@ def test_pasts_that_take_much_bound_how_many_begin() -> None:
     assert manager.metrics.preemptions == 2
     for name, text in zip(names, texts, strict=True):
         assert manager.get_result(name).generated_tokens == alone(model, text, settings)
-    check_given_back(manager)
+    check_pasts_given_back(manager)
 
 
 def test_several_outputs_and_streams() -> None:
